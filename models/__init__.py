@@ -1,0 +1,1 @@
+"""Models and their parallel layers: no launch code, no globals; groups and sizes are arguments."""

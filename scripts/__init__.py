@@ -1,0 +1,1 @@
+"""What a person runs by hand; nothing imports from here."""
