@@ -1,0 +1,81 @@
+"""Who am I among the ranks: set up once, the same under every launcher and without one."""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PR_SET_PDEATHSIG = 1
+TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: global rank, number of ranks, rank on this host, and device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: "torch.device"
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+
+def prepare_environment() -> None:
+    """Settle what has to stand before torch is imported. Call it first.
+
+    Without a launcher, the process becomes the one rank of a world of one. A rank whose launcher
+    is killed ends with it: the launcher's own clean-up does not run on SIGKILL.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {
+            "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+    elif sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # DeepSpeed's launcher says LOCAL_SIZE, torchrun and Accelerate LOCAL_WORLD_SIZE. Without this,
+    # each of n ranks would start a thread for every core of the host.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    threads = max(1, len(os.sched_getaffinity(0)) // local)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def connect() -> Ranks:
+    """Join the process group: NCCL where this rank has a GPU, gloo elsewhere.
+
+    Returns after every rank of the world has joined.
+    """
+    import deepspeed
+    import torch
+
+    from launch.jit import skip_shared_memory_op
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    skip_shared_memory_op()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=TIMEOUT,
+        verbose=False,
+    )
+    return Ranks(rank, world_size, local_rank, device)

@@ -1,0 +1,43 @@
+"""A folder of its own for what a run swaps to NVMe."""
+
+import copy
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from launch.errors import UserError
+
+
+def with_own_swap_folder(ds_config: dict[str, Any], run: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The configuration with each `nvme_path` replaced by a folder below it, and those folders.
+
+    DeepSpeed names swap files by stage, dtype and rank alone: two runs under one nvme_path would
+    overwrite each other's weights without a word.
+    """
+    config = copy.deepcopy(ds_config)
+    name = f"{run.name}-{hashlib.blake2b(str(run.absolute()).encode(), digest_size=4).hexdigest()}"
+    folders = []
+    for block in ("offload_optimizer", "offload_param"):
+        offload = config.get("zero_optimization", {}).get(block) or {}
+        if offload.get("device") == "nvme":
+            offload["nvme_path"] = str(Path(offload["nvme_path"]) / name)
+            folders.append(Path(offload["nvme_path"]))
+    return config, sorted(set(folders))
+
+
+def make_empty(folders: list[Path]) -> None:
+    """Make the folders, without what a killed run left in them. One rank a host calls this.
+
+    Raises:
+        UserError: where a folder cannot be made.
+    """
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"zero_optimization: nvme_path {folder.parent} is not writable ({error.strerror}); "
+                "set deepspeed.zero_optimization.offload_optimizer.nvme_path (and offload_param's)"
+            ) from None

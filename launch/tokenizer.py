@@ -1,0 +1,192 @@
+"""Text to token ids and back: bytes, a local tokenizer.json, or a tokenizer of the Hub."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from launch.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+    import transformers
+
+Ids: TypeAlias = npt.NDArray[np.int64]
+
+# What well-known tokenizers call the token that ends a document, where no file of theirs says so.
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """What the rest of the code asks of a tokenizer."""
+
+    name: str
+    """As in the recipe: `bytes`, a path, or a Hub name."""
+    identity: str
+    """Differs wherever the ids differ: part of the name under which tokens are cached."""
+    vocab_size: int
+    """One more than the largest id."""
+    separator: int
+    """The id that follows every document."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, without a separator or other added tokens."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of many texts at once: faster than one by one."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids; separators, and ids that mean nothing, are left out."""
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of this name: `bytes`, a tokenizer.json or its folder, or a Hub name.
+
+    What exists on disk is taken from there; what looks like a path is never tried at the Hub.
+
+    Raises:
+        UserError: for a missing or unreadable file, a tokenizer without a token that ends a
+            document, or a Hub name that cannot be loaded.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path /= "tokenizer.json"
+    if path.is_file():
+        return FileTokenizer(name, path)
+    if name.startswith((".", "/", "~")) or path.suffix == ".json" or name.count("/") > 1:
+        raise UserError(
+            f"data.tokenizer: there is no file {path}; "
+            "give 'bytes', a tokenizer.json, a folder that holds one, or a Hub name"
+        )
+    return HubTokenizer(name)
+
+
+class ByteTokenizer:
+    """The 256 byte values of UTF-8 text, and 256 for the separator."""
+
+    name = "bytes"
+    identity = "bytes"
+    vocab_size = 257
+    separator = 256
+
+    def encode(self, text: str) -> list[int]:
+        """One id a byte."""
+        return list(text.encode("utf-8", errors="replace"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """One id a byte, without a Python object for each."""
+        encoded = (text.encode("utf-8", errors="replace") for text in texts)
+        return [np.frombuffer(text, dtype=np.uint8).astype(np.int64) for text in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+
+class FileTokenizer:
+    """A tokenizer.json, read by the `tokenizers` library; no transformers needed."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            content = path.read_bytes()
+            self._backend: tokenizers.Tokenizer = Backend.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(
+                f"data.tokenizer: {path} is not a readable tokenizer.json: {_first_line(error)}"
+            ) from None
+        # A file saved for a classifier may cut or pad each text; a document is taken as it is.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocab = self._backend.get_vocab()
+        self.name = name
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.separator = _separator(path, vocab)
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        self.identity = f"tokenizer.json {digest} separator {self.separator}"
+
+    def encode(self, text: str) -> list[int]:
+        """The ids, without the special tokens that the file's template would add."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """As `encode`, on all cores."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text without special tokens."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+
+class HubTokenizer:
+    """A tokenizer of the Hub, or of its local cache, through transformers."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            backend: transformers.PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # network, name, access, format: all end here
+            raise UserError(
+                f"data.tokenizer: no file or folder is called '{name}', and the Hub does not give "
+                f"it: {_first_line(error)}; check the name and the network, or use 'bytes' or a "
+                "tokenizer.json"
+            ) from None
+        vocab = backend.get_vocab()
+        separator = backend.eos_token_id
+        if separator is None:
+            raise UserError(
+                f"data.tokenizer: '{name}' has no eos_token to put after a document; use another"
+            )
+        backend.model_max_length = 10**30  # no warning about documents longer than its model
+        self._backend = backend
+        self.name = name
+        self.separator = int(separator)
+        self.vocab_size = max(max(vocab.values()), self.separator) + 1
+        digest = hashlib.blake2b(json.dumps(sorted(vocab.items())).encode(), digest_size=16)
+        self.identity = f"hub {name} {digest.hexdigest()} separator {separator}"
+
+    def encode(self, text: str) -> list[int]:
+        """The ids, without the special tokens that its template would add."""
+        return list(self._backend(text, add_special_tokens=False)["input_ids"])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """As `encode`, on all cores where the tokenizer is a fast one."""
+        rows = self._backend(list(texts), add_special_tokens=False)["input_ids"]
+        return [np.array(row, dtype=np.int64) for row in rows]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text without special tokens."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+
+def _separator(path: Path, vocab: dict[str, int]) -> int:
+    config = path.with_name("tokenizer_config.json")
+    named = None
+    if config.is_file():
+        try:
+            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"data.tokenizer: {config} is not readable: {error}") from None
+    if isinstance(named, dict):  # an AddedToken, as older files spell it
+        named = named.get("content")
+    for token in (named, *SEPARATORS):
+        if token in vocab:
+            return vocab[token]
+    raise UserError(
+        f"data.tokenizer: {path} has no token that ends a document: add one of "
+        f"{', '.join(SEPARATORS)}, or a tokenizer_config.json beside it whose eos_token names yours"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

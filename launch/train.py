@@ -1,0 +1,300 @@
+"""Train a recipe: read it, build the engine, loop, and say what came out.
+
+    deepspeed launch/train.py --config recipes/gpt_tiny_zero2.yaml --set train.steps=30
+
+Works the same under `deepspeed`, `torchrun` and `accelerate launch`, and without a launcher on one
+device. `train` below is the whole of it, in the order in which it happens.
+"""
+
+import sys
+import time
+
+STARTED = time.perf_counter()
+
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not launch/
+
+import argparse
+import json
+import math
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from launch.distributed import connect, prepare_environment
+from launch.errors import UserError, one_line_errors
+from launch.layout import plan_layout
+from launch.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from launch.data import Corpus
+    from launch.distributed import Ranks
+    from launch.engine import Step
+    from launch.run_folder import RunFolder
+
+
+def train(recipe: Recipe, resume: str | None) -> None:
+    """Run a recipe to its end on this rank.
+
+    Raises:
+        UserError: for whatever a person can mend; see `launch/errors.py`.
+    """
+    clock = Stopwatch()
+    prepare_environment()
+    layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
+
+    from launch.data import Batches, held_out_share, prepare, tokens_needed
+    from launch.describe import model_size
+    from launch.jit import build_ops, ops_needed, use_private_cache
+
+    use_private_cache()
+    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe), say=say)
+    check_vocabulary(recipe, corpus)
+    batches = Batches(
+        corpus.train, recipe.data.sequence_length, recipe.train.global_batch_size, recipe.train.seed
+    )
+    clock.lap("data")
+
+    from launch import checkpoint
+    from launch.ds_config import resolve
+    from launch.engine import build_engine, evaluate, train_step
+    from launch.metrics import Metrics, check_trackers
+    from launch.run_folder import choose_start, write_settings
+    from launch.swap import make_empty, with_own_swap_folder
+
+    check_trackers(recipe)
+    ds_config = resolve(recipe, layout)
+    clock.lap("imports")
+    build_ops(ops_needed(ds_config), say)
+    ranks = connect()
+    clock.lap("process group")
+
+    start = from_first_rank(ranks, lambda: choose_start(recipe, resume))
+    say(start.message)
+    run = start.folder
+    ds_config, swap_folders = with_own_swap_folder(ds_config, run.path)
+    if ranks.first:
+        write_settings(run, recipe, ds_config, ranks.world_size)
+    if ranks.local_rank == 0:
+        make_empty(swap_folders)
+    held_out = held_out_share(
+        corpus.held_out,
+        recipe.data.sequence_length,
+        recipe.train.eval_batches * recipe.train.global_batch_size,
+        recipe.train.micro_batch_size,
+        ranks.rank,
+        layout.data,
+    )
+    engine = build_engine(recipe, ds_config, ranks)
+    done = 0
+    if start.checkpoint:
+        done = checkpoint.load(engine, start.checkpoint, recipe, layout, corpus.folder.name, ranks)
+    clock.lap("engine")
+
+    parameters, flops = model_size(recipe)
+    metrics = None
+    if ranks.first:
+        metrics = Metrics(run, recipe, done, ranks.world_size, flops, ranks.device)
+    say(f"{layout.describe()}; {parameters:,} parameters")
+    say(f"start-up: {clock}")
+
+    steps, eval_every, save_every = (
+        recipe.train.steps,
+        recipe.train.eval_every,
+        recipe.checkpoint.every,
+    )
+    for step in range(done + 1, steps + 1):
+        result = train_step(engine, batches.rank_batch(step - 1, layout, ranks.rank))
+        check_finite(step, result)
+        if metrics:
+            metrics.log(step, result)
+        if save_every and (step % save_every == 0 or step == steps):
+            checkpoint.save(engine, run, step, recipe, layout, corpus.folder.name, ranks)
+        if (eval_every and step % eval_every == 0) or step == steps:
+            held_out_loss = evaluate(engine, held_out)
+            if metrics:
+                metrics.log_held_out(step, held_out_loss)
+        if metrics:
+            metrics.restart_clock()
+
+    if done >= steps:
+        held_out_loss = evaluate(engine, held_out)
+    finish(recipe, ds_config, engine, run, corpus, ranks, held_out_loss)
+    if metrics:
+        metrics.close()
+        say(f"loss curve: {run.path / 'loss.png'}")
+        say(f"run folder: {run.path}")
+    for folder in swap_folders if ranks.local_rank == 0 else ():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def finish(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    engine: "DeepSpeedEngine",
+    run: "RunFolder",
+    corpus: "Corpus",
+    ranks: "Ranks",
+    held_out_loss: float,
+) -> None:
+    """Write the final weights, a sample of text and summary.json, and tell them."""
+    import torch
+    import torch.distributed as dist
+
+    from launch.engine import training_dtype
+    from launch.sampling import sample
+    from launch.weights import save_weights
+
+    files = save_weights(engine, run.path, training_dtype(ds_config))
+    say(f"held-out loss: {held_out_loss:.4f} nats per token")
+    say(f"weights: {', '.join(str(file) for file in files)}")
+    if recipe.run.sample_tokens:
+
+        def logits(tokens: torch.Tensor) -> torch.Tensor:
+            # Under ZeRO-3 each forward pass is a collective: every rank has to sample the same.
+            scores: torch.Tensor = engine(tokens).contiguous()
+            dist.broadcast(scores, 0)
+            return scores
+
+        engine.eval()
+        text = sample(
+            logits,
+            corpus.tokenizer,
+            recipe.run.sample_prompt,
+            recipe.run.sample_tokens,
+            recipe.data.sequence_length,
+            ranks.device,
+        )
+        if ranks.first:
+            (run.path / "sample.txt").write_text(text)
+        say(f"sample:\n{text}\n")
+    if ranks.first:
+        summary = {"steps": recipe.train.steps, "held_out_loss": held_out_loss}
+        (run.path / "summary.json").write_text(json.dumps(summary) + "\n")
+
+
+def check_vocabulary(recipe: Recipe, corpus: "Corpus") -> None:
+    """Refuse a tokenizer whose ids the model has no embedding for.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    vocab = getattr(recipe.model, "gpt_config", lambda: None)()
+    if vocab is not None and corpus.tokenizer.vocab_size > vocab.vocab:
+        raise UserError(
+            f"data.tokenizer: {recipe.data.tokenizer} has {corpus.tokenizer.vocab_size} tokens, and the "
+            f"model's vocabulary is {vocab.vocab}; set model.vocab to at least the former"
+        )
+
+
+def check_finite(step: int, result: "Step") -> None:
+    """Stop a run whose loss is no number; every rank sees the same loss, so all of them stop.
+
+    Raises:
+        UserError: with the step. Checkpoints and metrics written before stay.
+    """
+    if not math.isfinite(result.loss) or (
+        not result.skipped and not math.isfinite(result.grad_norm)
+    ):
+        raise UserError(
+            f"step {step}: loss is {result.loss} and grad norm {result.grad_norm}; the weights are lost "
+            "to it. Lower the learning rate (deepspeed.optimizer.params.lr) or lengthen "
+            "train.schedule.warmup_steps, and start anew or --resume an earlier checkpoint"
+        )
+
+
+def from_first_rank(ranks: "Ranks", decide: Any) -> Any:
+    """Rank 0's decision, on every rank."""
+    import torch.distributed as dist
+
+    decision = [decide() if ranks.first else None]
+    dist.broadcast_object_list(decision, src=0)
+    return decision[0]
+
+
+def say(text: str) -> None:
+    """Print once, not once a rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+class Stopwatch:
+    """Where the start-up's seconds go."""
+
+    def __init__(self) -> None:
+        now = time.perf_counter()
+        self.laps = [("interpreter and recipe", now - STARTED)]
+        self.last = now
+
+    def lap(self, name: str) -> None:
+        """End a stretch, and give it a name."""
+        now = time.perf_counter()
+        self.laps.append((name, now - self.last))
+        self.last = now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.laps)
+        return f"{sum(seconds for _, seconds in self.laps):.1f} s: {parts}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `--local_rank` is put there by DeepSpeed's launcher."""
+    parser = argparse.ArgumentParser(
+        description="Train a recipe with DeepSpeed.",
+        epilog="Example: deepspeed --num_gpus 2 launch/train.py --config recipes/gpt_tiny_zero2.yaml "
+        "--set train.steps=30 --set deepspeed.optimizer.params.lr=1e-3",
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="a recipe file, recipes/*.yaml")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one key of the recipe",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="PATH|auto",
+        help="go on from a checkpoint or a run folder; auto: the newest complete checkpoint of this "
+        "recipe's runs (or of run.dir), and step 0 where there is none",
+    )
+    parser.add_argument("--list", action="store_true", help="show the recipes, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would be run, without training, and stop"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="with --dry-run: as if on N ranks (default: those started)",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not arguments.list and not arguments.config:
+        parser.error("give --config RECIPE, or --list to see the recipes")
+    return arguments
+
+
+def main() -> None:
+    """Read the command line and do what it says."""
+    arguments = parse_arguments()
+    with one_line_errors():
+        if arguments.list or arguments.dry_run:
+            if os.environ.get("RANK", "0") != "0":
+                return
+            from launch.describe import print_dry_run, print_list
+
+            if arguments.list:
+                print_list()
+                return
+            world_size = arguments.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+            print_dry_run(load_recipe(arguments.config, arguments.set), world_size)
+            return
+        train(load_recipe(arguments.config, arguments.set), arguments.resume)
+
+
+if __name__ == "__main__":
+    main()

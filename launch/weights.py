@@ -1,0 +1,104 @@
+"""The whole model's weights out of any engine, by their canonical names, and into one again."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import safe_get_full_fp32_param
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from launch.errors import UserError
+from models.hf import HFCausalLM
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+
+
+def canonical_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the name under which they are stored: tied ones once, no wrapper's prefix."""
+    inner = model.model if isinstance(model, HFCausalLM) else model
+    return dict(inner.named_parameters())
+
+
+def full_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
+    """Each whole parameter in fp32 (the master weight, where one is kept), one at a time.
+
+    Every rank must run through all of it: under ZeRO each item is a collective.
+    """
+    masters: dict[int, Tensor] = {}
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        for weights, kept in zip(
+            engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True
+        ):
+            masters |= {id(weight): master for weight, master in zip(weights, kept, strict=True)}
+    for name, parameter in canonical_names(engine.module).items():
+        master = masters.get(id(parameter))
+        if master is None:
+            master = safe_get_full_fp32_param(parameter)
+        yield name, (parameter if master is None else master).detach().float()
+
+
+def save_weights(engine: DeepSpeedEngine, folder: Path, dtype: torch.dtype) -> list[Path]:
+    """Write model*.safetensors in `dtype` (rank 0 writes; every rank must call), 5 GB a file.
+
+    Only one file's tensors are in memory at a time. Returns the files' paths.
+    """
+    shapes = {
+        name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=dtype, device="meta")
+        for name, p in canonical_names(engine.module).items()
+    }
+    plan = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda t: t.numel() * t.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    file_of = (
+        plan.tensor_to_filename if plan.is_sharded else dict.fromkeys(shapes, "model.safetensors")
+    )
+    waiting = {file: {n for n, f in file_of.items() if f == file} for file in set(file_of.values())}
+    held: dict[str, dict[str, Tensor]] = {file: {} for file in waiting}
+    first = engine.global_rank == 0
+    for name, tensor in full_weights(engine):
+        file = file_of[name]
+        if first:
+            held[file][name] = tensor.to("cpu", dtype).contiguous()
+        waiting[file].discard(name)
+        if first and not waiting[file]:
+            save_file(held.pop(file), folder / file, metadata={"format": "pt"})
+    if first and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": file_of}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    if first and isinstance(engine.module, HFCausalLM):
+        engine.module.model.config.save_pretrained(folder)
+    return sorted(folder / file for file in set(file_of.values()))
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Read model*.safetensors of `folder` into a whole, unpartitioned model.
+
+    Raises:
+        UserError: where there are none, or they are not this model's.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no model*.safetensors here; the run has not finished")
+    missing = canonical_names(model)
+    for file in files:
+        for name, tensor in load_file(file).items():
+            parameter = missing.pop(name, None)
+            if parameter is None or parameter.shape != tensor.shape:
+                raise UserError(
+                    f"{file}: {name} {list(tensor.shape)} is not a parameter of this model"
+                )
+            with torch.no_grad():
+                parameter.copy_(tensor)
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} parameters are not in the files, first {next(iter(missing))}"
+        )
