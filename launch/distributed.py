@@ -5,13 +5,16 @@ import os
 import signal
 import socket
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+Decision = TypeVar("Decision")
 PR_SET_PDEATHSIG = 1
 TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
 
@@ -65,6 +68,8 @@ def connect() -> Ranks:
     from launch.jit import skip_shared_memory_op
 
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed calls what torch 2.13 has renamed; once a rank and a collective, and nothing to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_op()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -79,3 +84,13 @@ def connect() -> Ranks:
         verbose=False,
     )
     return Ranks(rank, world_size, local_rank, device)
+
+
+def from_first_rank(ranks: Ranks, decide: Callable[[], Decision]) -> Decision:
+    """Rank 0's decision, on every rank. Whatever it is has to be picklable."""
+    import torch.distributed as dist
+
+    decision: list[Any] = [decide() if ranks.first else None]
+    dist.broadcast_object_list(decision, src=0)
+    first: Decision = decision[0]
+    return first

@@ -16,24 +16,20 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not launch/
 
 import argparse
-import json
 import math
 import os
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch.distributed import connect, prepare_environment
+from launch.console import Stopwatch, say
+from launch.distributed import connect, from_first_rank, prepare_environment
 from launch.errors import UserError, one_line_errors
 from launch.layout import plan_layout
 from launch.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
     from launch.data import Corpus
-    from launch.distributed import Ranks
     from launch.engine import Step
-    from launch.run_folder import RunFolder
 
 
 def train(recipe: Recipe, resume: str | None) -> None:
@@ -42,7 +38,8 @@ def train(recipe: Recipe, resume: str | None) -> None:
     Raises:
         UserError: for whatever a person can mend; see `launch/errors.py`.
     """
-    clock = Stopwatch()
+    clock = Stopwatch(STARTED)
+    clock.lap("interpreter and recipe")
     prepare_environment()
     layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
 
@@ -61,6 +58,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
     from launch import checkpoint
     from launch.ds_config import resolve
     from launch.engine import build_engine, evaluate, train_step
+    from launch.finish import finish
     from launch.metrics import Metrics, check_trackers
     from launch.run_folder import choose_start, write_settings
     from launch.swap import make_empty, with_own_swap_folder
@@ -131,51 +129,6 @@ def train(recipe: Recipe, resume: str | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def finish(
-    recipe: Recipe,
-    ds_config: dict[str, Any],
-    engine: "DeepSpeedEngine",
-    run: "RunFolder",
-    corpus: "Corpus",
-    ranks: "Ranks",
-    held_out_loss: float,
-) -> None:
-    """Write the final weights, a sample of text and summary.json, and tell them."""
-    import torch
-    import torch.distributed as dist
-
-    from launch.engine import training_dtype
-    from launch.sampling import sample
-    from launch.weights import save_weights
-
-    files = save_weights(engine, run.path, training_dtype(ds_config))
-    say(f"held-out loss: {held_out_loss:.4f} nats per token")
-    say(f"weights: {', '.join(str(file) for file in files)}")
-    if recipe.run.sample_tokens:
-
-        def logits(tokens: torch.Tensor) -> torch.Tensor:
-            # Under ZeRO-3 each forward pass is a collective: every rank has to sample the same.
-            scores: torch.Tensor = engine(tokens).contiguous()
-            dist.broadcast(scores, 0)
-            return scores
-
-        engine.eval()
-        text = sample(
-            logits,
-            corpus.tokenizer,
-            recipe.run.sample_prompt,
-            recipe.run.sample_tokens,
-            recipe.data.sequence_length,
-            ranks.device,
-        )
-        if ranks.first:
-            (run.path / "sample.txt").write_text(text)
-        say(f"sample:\n{text}\n")
-    if ranks.first:
-        summary = {"steps": recipe.train.steps, "held_out_loss": held_out_loss}
-        (run.path / "summary.json").write_text(json.dumps(summary) + "\n")
-
-
 def check_vocabulary(recipe: Recipe, corpus: "Corpus") -> None:
     """Refuse a tokenizer whose ids the model has no embedding for.
 
@@ -204,40 +157,6 @@ def check_finite(step: int, result: "Step") -> None:
             "to it. Lower the learning rate (deepspeed.optimizer.params.lr) or lengthen "
             "train.schedule.warmup_steps, and start anew or --resume an earlier checkpoint"
         )
-
-
-def from_first_rank(ranks: "Ranks", decide: Any) -> Any:
-    """Rank 0's decision, on every rank."""
-    import torch.distributed as dist
-
-    decision = [decide() if ranks.first else None]
-    dist.broadcast_object_list(decision, src=0)
-    return decision[0]
-
-
-def say(text: str) -> None:
-    """Print once, not once a rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
-
-class Stopwatch:
-    """Where the start-up's seconds go."""
-
-    def __init__(self) -> None:
-        now = time.perf_counter()
-        self.laps = [("interpreter and recipe", now - STARTED)]
-        self.last = now
-
-    def lap(self, name: str) -> None:
-        """End a stretch, and give it a name."""
-        now = time.perf_counter()
-        self.laps.append((name, now - self.last))
-        self.last = now
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.laps)
-        return f"{sum(seconds for _, seconds in self.laps):.1f} s: {parts}"
 
 
 def parse_arguments() -> argparse.Namespace:

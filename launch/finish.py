@@ -1,0 +1,58 @@
+"""The end of a run: final weights, a sample of text, and a summary."""
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from launch.console import say
+from launch.data import Corpus
+from launch.distributed import Ranks
+from launch.engine import training_dtype
+from launch.recipe import Recipe
+from launch.run_folder import RunFolder
+from launch.sampling import sample
+from launch.weights import save_weights
+
+
+def finish(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    engine: DeepSpeedEngine,
+    run: RunFolder,
+    corpus: Corpus,
+    ranks: Ranks,
+    held_out_loss: float,
+) -> None:
+    """Write model*.safetensors, sample.txt and summary.json, and tell of them. Every rank calls it."""
+    files = save_weights(engine, run.path, training_dtype(ds_config))
+    say(f"held-out loss: {held_out_loss:.4f} nats per token")
+    say(f"weights: {', '.join(str(file) for file in files)}")
+    if recipe.run.sample_tokens:
+        text = _sample(recipe, engine, corpus, ranks)
+        if ranks.first:
+            (run.path / "sample.txt").write_text(text)
+        say(f"sample:\n{text}\n")
+    if ranks.first:
+        summary = {"steps": recipe.train.steps, "held_out_loss": held_out_loss}
+        (run.path / "summary.json").write_text(json.dumps(summary) + "\n")
+
+
+def _sample(recipe: Recipe, engine: DeepSpeedEngine, corpus: Corpus, ranks: Ranks) -> str:
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        # Under ZeRO-3 each forward pass is a collective: every rank has to sample the same.
+        scores: torch.Tensor = engine(tokens).contiguous()
+        dist.broadcast(scores, 0)
+        return scores
+
+    engine.eval()
+    return sample(
+        logits,
+        corpus.tokenizer,
+        recipe.run.sample_prompt,
+        recipe.run.sample_tokens,
+        recipe.data.sequence_length,
+        ranks.device,
+    )
