@@ -5,6 +5,7 @@ file called `lock` that a killed build leaves behind: every later start then wai
 """
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -69,9 +70,9 @@ def skip_shared_memory_op() -> None:
     Only `inference_all_reduce` uses that op, and it takes the process group's all-reduce where the
     op is missing; training never calls it. DeepSpeed has no setting for this.
     """
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # Not `deepspeed.comm.torch`: that attribute is torch itself.
+    module: Any = importlib.import_module("deepspeed.comm.torch")
+    module.build_shm_op = lambda: None
 
 
 def ops_needed(ds_config: dict[str, Any]) -> list[str]:

@@ -1,0 +1,62 @@
+# `make` lists the targets. Everything runs in .venv, which `make setup` fills.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+
+RECIPE ?= recipes/gpt_tiny_zero2.yaml
+# All GPUs where there are some, else two processes on the CPU.
+RANKS ?= $(shell n=$$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true; echo $$(( n > 0 ? n : 2 )))
+ARGS ?=
+PYTEST_ARGS ?=
+
+# First on the PATH: the `deepspeed` launcher starts ranks with the python that it finds there, and
+# the compiler's ninja lies there too. A virtual environment that is active must not shine through.
+export PATH := $(ROOT)/.venv/bin:$(PATH)
+unexport PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help
+help: ## List the targets
+	@echo "Targets (RECIPE=$(RECIPE), RANKS=$(RANKS)):"
+	@grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|' \
+		2>/dev/null || grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile
+
+.PHONY: setup
+setup: ## Make .venv with the pinned dependencies
+	@bash scripts/setup.sh
+
+.PHONY: train
+train: setup ## Train RECIPE on RANKS GPUs (CPU processes where there is no GPU); ARGS="--set train.steps=30"
+	@deepspeed --num_gpus $(RANKS) launch/train.py --config $(RECIPE) $(ARGS)
+
+.PHONY: setup-test
+setup-test:
+	@bash scripts/setup.sh test
+
+.PHONY: test
+test: lint ops ## Check format, lint and types, build DeepSpeed's CPU ops once, run the tests (PYTEST_ARGS)
+	@python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+.PHONY: test-gpu
+test-gpu: setup ## Run the tests that need GPUs
+	@DS_ACCELERATOR=cuda python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+.PHONY: ops
+ops: setup-test ## Build DeepSpeed's C++ ops for the CPU ahead of time
+	@python scripts/build_ops.py
+
+.PHONY: lint
+lint: setup-test ## Check format, lint and types
+	@ruff format --check .
+	@ruff check .
+	@mypy .
+
+.PHONY: format
+format: setup ## Put the code into its format
+	@ruff format .
+	@ruff check --fix .
+
+.PHONY: clean
+clean: ## Remove .venv, built ops and caches; runs/ stays
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""Tokenise a recipe's data ahead of time, for example on a login node, before the GPUs are held.
+
+The run then finds the tokens in the same cache folder (`data.cache_dir`) and starts at once.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
+
+import argparse
+
+from launch.data import prepare, tokens_needed
+from launch.errors import one_line_errors
+from launch.recipe import load_recipe
+
+
+def main() -> None:
+    """Read the command line, tokenise, and print what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's YAML file")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace values of the recipe, as in launch/train.py, for example data.tokenizer=gpt2",
+    )
+    arguments = parser.parse_args()
+    with one_line_errors():
+        recipe = load_recipe(arguments.config, arguments.set)
+        corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
+        length = recipe.data.sequence_length
+        tokens = len(corpus.train) + len(corpus.held_out)
+        print(f"documents        {corpus.documents:,}")
+        for name, part in (("train", corpus.train), ("held-out", corpus.held_out)):
+            sequences = max(part.sequences(length), 0)
+            print(f"{name:<17}{len(part):,} tokens, {sequences:,} sequences of {length}")
+        print(f"bytes per token  {corpus.text_bytes / tokens:.2f}")
+        print(f"cache            {corpus.folder}")
+
+
+if __name__ == "__main__":
+    main()

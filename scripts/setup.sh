@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned dependencies. Costs nothing when there is nothing to do, and goes on
+# where an earlier call was cut off.
+#
+#   scripts/setup.sh         what training needs; a missing C++ compiler is told and left at that
+#   scripts/setup.sh test    what the tests need: a missing C++ compiler is an error
+#
+# Missing system packages are installed where that is possible without asking: as root on Debian or
+# Ubuntu. Elsewhere one line says what to install.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+purpose="${1:-train}"
+
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+find_python() {
+    local name
+    for name in python3.11 python3.12 python3.13 python3; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+}
+
+can_install() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
+}
+
+# Installs the packages named, quietly; shows what apt said only where it failed.
+install() {
+    local log
+    log="$(mktemp)"
+    echo "setup: installing $* with apt-get ..."
+    export DEBIAN_FRONTEND=noninteractive
+    if ! { apt-get update && apt-get install -y --no-install-recommends "$@"; } >"$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        fail "apt-get install $* failed"
+    fi
+    rm -f "$log"
+}
+
+has_venv() {
+    "$python" -c 'import ensurepip, venv' 2>/dev/null
+}
+
+# Python: a .venv that exists keeps its own.
+if [ -x .venv/bin/python ] && .venv/bin/python -c '' 2>/dev/null; then
+    python="$(.venv/bin/python -c 'import sys; print(sys._base_executable)')"
+else
+    python="$(find_python)"
+    if [ -z "$python" ] && can_install; then
+        install python3 python3-venv
+        python="$(find_python)"
+    fi
+    [ -n "$python" ] || fail "Python 3.11 or newer is needed; install it (apt-get install python3 python3-venv)"
+fi
+version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+
+# Fatal when missing: without venv and pip there is nothing to install into.
+if [ ! -x .venv/bin/pip ] && ! has_venv; then
+    can_install || fail "this Python has no venv; run: apt-get install python$version-venv (as root)"
+    install "python$version-venv"
+    has_venv || fail "$python still has no venv; try another Python"
+fi
+
+# DeepSpeed compiles its CPU optimizer and its NVMe reader. Training without offload needs neither.
+missing=()
+command -v "${CXX:-c++}" >/dev/null || missing+=(g++)
+[ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ] \
+    || missing+=("python$version-dev")
+if ! echo '#include <libaio.h>' | "${CC:-cc}" -E - >/dev/null 2>&1; then
+    missing+=(libaio-dev)
+fi
+if [ "${#missing[@]}" -gt 0 ]; then
+    if can_install; then
+        install "${missing[@]}"
+    elif [ "$purpose" = test ]; then
+        fail "the tests compile DeepSpeed's ops; run: apt-get install ${missing[*]} (as root)"
+    else
+        echo "setup: offload recipes will not run before: apt-get install ${missing[*]} (as root)" >&2
+    fi
+fi
+
+# The stamp is written last: a set-up that was cut off is done again, and pip keeps what it has.
+stamp=.venv/setup-done
+wanted="$({ cat requirements.txt requirements-dev.txt; "$python" --version; } | sha256sum | cut -d' ' -f1)"
+if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    exit 0
+fi
+
+if [ ! -x .venv/bin/pip ] || ! .venv/bin/pip --version >/dev/null 2>&1; then
+    "$python" -m venv --clear .venv
+fi
+
+# PyPI's torch brings some gigabytes of CUDA libraries. Without a GPU, and without an index of your
+# own, take PyTorch's CPU build where its server answers.
+extra=()
+cpu_index=https://download.pytorch.org/whl/cpu
+if ! command -v nvidia-smi >/dev/null && [ -z "${PIP_INDEX_URL:-}${PIP_NO_INDEX:-}" ] \
+    && ! .venv/bin/pip config list 2>/dev/null | grep -q 'index' \
+    && "$python" -c "import urllib.request as r; r.urlopen('$cpu_index/torch/', timeout=5)" 2>/dev/null; then
+    extra=(--extra-index-url "$cpu_index")
+fi
+
+echo "setup: installing the pinned dependencies into .venv, a minute or more ..."
+.venv/bin/pip install --quiet --disable-pip-version-check ${extra[@]+"${extra[@]}"} \
+    -r requirements.txt -r requirements-dev.txt
+echo "$wanted" >"$stamp"
+echo "setup: done"

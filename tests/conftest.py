@@ -1,0 +1,75 @@
+"""Set up once for all tests: private caches, DeepSpeed's ops, and that no process is left over."""
+
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.jit import build_ops, use_private_cache
+
+CPU_OPS = ("cpu_adam", "async_io")
+MARK = "TEST_SESSION"  # inherited by whatever a test starts, however far from us it ends up
+SECONDS_TO_END = 10.0
+
+# Set before torch or deepspeed is imported anywhere. `make test-gpu` sets DS_ACCELERATOR=cuda; all
+# other tests run on the CPU, also on a machine with GPUs.
+os.environ.setdefault(MARK, uuid.uuid4().hex)
+if os.environ.setdefault("DS_ACCELERATOR", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+use_private_cache()
+
+_caches = tempfile.TemporaryDirectory(prefix="test-caches-")
+for name in ("HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR"):
+    os.environ[name] = str(Path(_caches.name, name.lower()))
+
+
+@pytest.fixture(scope="session")
+def built_ops() -> tuple[str, ...]:
+    """DeepSpeed's CPU ops, built if need be, for tests whose ranks load them."""
+    build_ops(CPU_OPS, print)
+    return CPU_OPS
+
+
+def _left_over() -> Iterator[psutil.Process]:
+    """Processes of this session, other than ourselves and our own helpers.
+
+    A direct child with Python's `multiprocessing` in its command line is the fork server or the
+    resource tracker; those end when we do.
+    """
+    own = psutil.Process()
+    ours = {own.pid, *(parent.pid for parent in own.parents())}
+    for process in psutil.process_iter():
+        try:
+            if process.pid in ours or process.environ().get(MARK) != os.environ[MARK]:
+                continue
+            helper = "multiprocessing" in " ".join(process.cmdline()) and process.ppid() == own.pid
+            if not helper and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End what tests have left running, and fail the session for it."""
+    if hasattr(session.config, "workerinput"):  # of pytest-xdist; its controller looks for all
+        return
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (found := list(_left_over())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in found:
+        try:
+            print(f"\nleft over: {process.pid} {' '.join(process.cmdline())[:300]}")
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

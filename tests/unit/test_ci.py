@@ -1,0 +1,53 @@
+"""The check that runs on every change is `make test`, and `make test` holds all of it."""
+
+import subprocess
+
+import pytest
+import yaml
+
+from launch.recipe import ROOT
+
+
+def dry_run(target: str, **variables: str) -> str:
+    """What `make` would do, without doing it, from another folder."""
+    given = [f"{name}={value}" for name, value in variables.items()]
+    done = subprocess.run(
+        ["make", "-C", str(ROOT), "--dry-run", "--always-make", target, *given],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_ci_run_ends_in_make_test() -> None:
+    lines = (ROOT / ".ci/run").read_text().split("\n")
+    assert "set -euo pipefail" in lines
+    assert lines[-2:] == ["exec make test", ""]
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_the_workflow_runs_the_same_script() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["test"]["steps"]
+    assert steps[-1]["run"] == ".ci/run"
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["setup.sh test", "ruff format --check", "ruff check", "mypy", "build_ops.py", "pytest"],
+)
+def test_make_test_holds_each_step(step: str) -> None:
+    assert step in dry_run("test")
+
+
+def test_make_train_sets_up_and_launches_the_recipe() -> None:
+    commands = dry_run("train", RECIPE="recipes/x.yaml", RANKS="3", ARGS="--dry-run")
+    assert "scripts/setup.sh" in commands
+    assert "deepspeed --num_gpus 3 launch/train.py --config recipes/x.yaml --dry-run" in commands
+
+
+def test_the_default_recipe_exists() -> None:
+    words = dry_run("train").split()
+    assert (ROOT / words[words.index("--config") + 1]).is_file()

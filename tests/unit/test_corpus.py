@@ -1,0 +1,241 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import parquet
+
+from launch.corpus import documents, local_files
+from launch.errors import UserError
+from launch.recipe import ROOT, Data
+
+both = pytest.mark.parametrize("streaming", [True, False])
+
+
+def read(cache: Path, source: str | list[str], **settings: Any) -> dict[str, str]:
+    data = Data(source=source, sequence_length=8, **settings)
+    found = list(documents(data, local_files(data), cache / "copies"))
+    assert len({key for key, _ in found}) == len(found)
+    return dict(found)
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]]) -> str:
+    parquet.write_table(pa.table(columns), path)
+    return str(path)
+
+
+@both
+def test_each_text_file_is_one_document(tmp_path: Path, streaming: bool) -> None:
+    folder = tmp_path / "texts [1] *"
+    (folder / "aa").mkdir(parents=True)
+    (folder / "b.txt").write_text("two\n\nparagraphs\n")
+    (folder / "aa" / "a.md").write_text("# é\n", encoding="utf-8")
+    (folder / "c.py").write_text("pass\n")
+    (folder / "empty.txt").write_text("")
+    (folder / ".hidden.txt").write_text("no")
+    (folder / "ignored.png").write_bytes(b"\x89PNG")
+    expected = {"aa/a.md": "# é\n", "b.txt": "two\n\nparagraphs\n", "c.py": "pass\n"}
+    found = read(tmp_path, str(folder), streaming=streaming)
+    assert found == {f"{folder.name}/{key}": text for key, text in expected.items()}
+    assert list(found) == sorted(found)
+
+
+@both
+def test_jsonl_has_a_document_a_row(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"body": "a\nb", "n": 1}, {"body": None}, {"body": ""}, {"body": "c\u2028", "z": [1]}]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    with Path(path).open("a") as file:
+        file.write('\n{"body": "half \\ud800"}\n')
+    found = read(tmp_path, path, text_field="body", streaming=streaming)
+    assert found == {"x.jsonl:0": "a\nb", "x.jsonl:3": "c\u2028", "x.jsonl:4": "half ?"}
+
+
+def test_jsonl_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    assert read(tmp_path, str(tmp_path / "x.jsonl")) == {"x.jsonl:0": "a"}
+
+
+@both
+def test_parquet_has_a_document_a_row(tmp_path: Path, streaming: bool) -> None:
+    path = write_parquet(tmp_path / "x.parquet", {"id": [1, 2, 3], "text": ["a", None, "c"]})
+    assert read(tmp_path, path, streaming=streaming) == {"x.parquet:0": "a", "x.parquet:2": "c"}
+
+
+@both
+def test_a_mixed_list_and_a_glob(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "a.txt").write_text("A")
+    jsonl = write_jsonl(tmp_path / "b.jsonl", [{"text": "B"}])
+    columns = write_parquet(tmp_path / "c.parquet", {"text": ["C"]})
+    expected = {"a.txt": "A", "b.jsonl:0": "B", "c.parquet:0": "C"}
+    several = [columns, str(tmp_path / "a.txt"), jsonl]
+    assert read(tmp_path, several, streaming=streaming) == expected
+    assert read(tmp_path, str(tmp_path / "*.*"), streaming=streaming) == expected
+
+
+def test_keys_do_not_depend_on_where_the_corpus_lies(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        (tmp_path / place / "set" / "sub").mkdir(parents=True)
+        (tmp_path / place / "set" / "sub" / "a.txt").write_text("A")
+    names = ["here/set", "there/set", "here/set/**/*.txt", "there/set/**/*.txt"]
+    keys = [list(read(tmp_path, str(tmp_path / name))) for name in names]
+    assert keys == [["set/sub/a.txt"]] * 2 + [["a.txt"]] * 2
+
+
+def test_the_standard_library_is_real_and_without_tests(tmp_path: Path) -> None:
+    data = Data(sequence_length=8)
+    files = local_files(data)
+    assert files is not None
+    keys = [file.key for file in files]
+    assert keys == sorted(keys)
+    assert {"argparse.py", "json/decoder.py"} <= set(keys)
+    parts = {part for key in keys for part in key.split("/")}
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    assert not [key for key in keys if key.startswith(("_sysconfigdata", "config-"))]
+    texts = dict(documents(data, files, tmp_path))
+    assert texts["argparse.py"] == Path(str(sys.modules["argparse"].__file__)).read_text()
+    assert sum(map(len, texts.values())) > 3_000_000
+
+
+def test_stdlib_files_in_another_encoding_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "good.py").write_text("x = 1\n")
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert read(tmp_path, "python-stdlib") == {"good.py": "x = 1\n"}
+    (tmp_path / "good.py").unlink()
+    (tmp_path / "latin.py").unlink()
+    with pytest.raises(UserError, match="this Python has no source files"):
+        read(tmp_path, "python-stdlib")
+
+
+REFUSED = {
+    "missing_path": (["none.txt"], {}, r"there is no file or folder '.*none\.txt'"),
+    "missing_folder": (["no/such/folder"], {}, "there is no file or folder"),
+    "missing_in_glob": (["*.none"], {}, "no file matches"),
+    "empty_folder": (["empty"], {}, r"the folder .*empty holds no \.txt"),
+    "unknown_suffix": (["x.docx"], {}, r"x\.docx is none of \.txt"),
+    "unknown_suffix_in_glob": (["x.d*"], {}, r"x\.docx is none of \.txt"),
+    "broken_json": (["broken.jsonl"], {}, r"broken\.jsonl line 2 is no JSON"),
+    "json_array": (["array.jsonl"], {}, r"array\.jsonl line 1 is a JSON list"),
+    "broken_parquet": (["broken.parquet"], {}, r"broken\.parquet is no readable parquet"),
+    "damaged_parquet": (["damaged.parquet"], {}, r"damaged\.parquet is not readable"),
+    "not_utf8": (["good.txt", "latin.txt"], {}, r"latin\.txt is not readable as text.*utf-8"),
+    "not_utf8_jsonl": (["latin.jsonl"], {}, r"latin\.jsonl is not readable as text.*utf-8"),
+    "json_field": (["good.jsonl"], {"text_field": "contents"}, "did you mean 'content'"),
+    "parquet_field": (["good.parquet"], {"text_field": "txet"}, "did you mean 'text'"),
+    "no_such_field": (["good.parquet"], {"text_field": "zzz"}, "choose from: text, number"),
+    "not_text": (["good.parquet"], {"text_field": "number"}, "'number' of .* row 0 is int"),
+    "subset": (["good.txt"], {"subset": "en"}, r"data\.subset: only Hub"),
+    "split": (["good.txt"], {"split": "test"}, r"data\.split: only Hub"),
+}
+
+
+@both
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path: Path, case: str, streaming: bool) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "x.docx").write_text("x")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
+    write_jsonl(tmp_path / "array.jsonl", [["a"]])
+    write_jsonl(tmp_path / "good.jsonl", [{"content": "a"}])
+    good = Path(write_parquet(tmp_path / "good.parquet", {"text": ["a" * 99], "number": [1]}))
+    content = good.read_bytes()
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1" + b"\xff" * 60 + content[64:])
+    names, settings, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, [str(tmp_path / name) for name in names], streaming=streaming, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_stays_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        try:
+            Path("/dev/full").write_text("x")
+        except OSError as error:
+            raise DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}])
+    for source in (path, "some/set"):
+        with pytest.raises(OSError, match="No space left"):
+            read(tmp_path, source)
+
+
+def test_an_empty_list_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the list is empty"):
+        read(tmp_path, [])
+
+
+@both
+def test_a_hub_name_that_cannot_be_loaded_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"data\.source: .*'no-such/set'.*split test") as caught:
+        read(tmp_path, "no-such/set", split="test", streaming=streaming)
+    assert "\n" not in str(caught.value)
+
+
+@both
+def test_a_hub_set_is_read_by_subset_split_and_field(tmp_path: Path, streaming: bool) -> None:
+    # A folder laid out as on the Hub; the library reads it as it reads a repository. The name goes
+    # past local_files, which would take the folder for local files.
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    write_parquet(folder / "train.parquet", {"body": ["no"], "n": [0]})
+    write_parquet(folder / "test.parquet", {"body": ["yes", ""], "n": [1, 2]})
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - {split: train, path: train.parquet}\n"
+        "  - {split: test, path: test.parquet}\n---\n"
+    )
+
+    def hub(**changes: Any) -> dict[str, str]:
+        settings = {"subset": "en", "split": "test", "text_field": "body"} | changes
+        data = Data(source=str(folder), sequence_length=8, streaming=streaming, **settings)
+        return dict(documents(data, None, tmp_path / "hub"))
+
+    assert hub() == {"0": "yes"}
+    for changes, message in (
+        ({"subset": "fr"}, "fr"),
+        ({"split": "dev"}, "dev"),
+        ({"text_field": "bodi"}, "did you mean 'body'"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            hub(**changes)
+        assert "\n" not in str(caught.value)
+
+
+def test_another_process_finds_the_same_documents(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    code = (
+        "import sys; from pathlib import Path; from launch.corpus import *\n"
+        "data = Data(source=sys.argv[1], sequence_length=8)\n"
+        "print(list(documents(data, local_files(data), Path(sys.argv[2]))))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), str(tmp_path / f"copies{seed}")],
+            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in (1, 2)
+    }
+    assert len(outputs) == 1

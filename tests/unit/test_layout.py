@@ -1,0 +1,104 @@
+"""launch/layout.py: the global batch is the recipe's, whatever the ranks; else one line that helps."""
+
+import re
+from typing import Any
+
+import pytest
+
+from launch.errors import UserError
+from launch.layout import Layout, plan_layout
+from launch.recipe import Recipe, recipe_from_dict
+
+
+def recipe(batch: int, micro: int, **parallel: int) -> Recipe:
+    values: dict[str, Any] = {
+        "name": "a_recipe",
+        "model": {"size": "tiny"},
+        "data": {"sequence_length": 64},
+        "train": {"steps": 1, "global_batch_size": batch, "micro_batch_size": micro},
+        "deepspeed": {"config": "ds_configs/zero1.json"},
+    }
+    read = recipe_from_dict(values)
+    # `Recipe.check` refuses model parallelism still; the arithmetic already has it.
+    return read.model_copy(update={"parallel": read.parallel.model_copy(update=parallel)})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "micro", "expected"),
+    [
+        (1, 16, 8, Layout(1, 1, 1, 1, 8, 2)),
+        (2, 16, 8, Layout(2, 1, 1, 2, 8, 1)),
+        (4, 16, 4, Layout(4, 1, 1, 4, 4, 1)),
+        (3, 12, 2, Layout(3, 1, 1, 3, 2, 2)),
+        (1, 1, 1, Layout(1, 1, 1, 1, 1, 1)),
+    ],
+)
+def test_every_sequence_has_its_place(ranks: int, batch: int, micro: int, expected: Layout) -> None:
+    layout = plan_layout(recipe(batch, micro), ranks)
+    assert layout == expected
+    assert layout.data * layout.accumulation * layout.micro_batch == batch
+
+
+def test_model_parallel_ranks_share_a_batch() -> None:
+    layout = plan_layout(recipe(16, 2, tensor=2, pipeline=2), 8)
+    assert layout == Layout(8, tensor=2, pipeline=2, data=2, micro_batch=2, accumulation=4)
+    assert layout.describe() == (
+        "8 ranks = pipeline 2 x data 2 x tensor 2; global batch 16 = data 2 x accumulation 4 "
+        "x micro batch 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "micro", "message"),
+    [
+        (
+            3, 16, 8,
+            "train.global_batch_size: 16 is no multiple of the data parallel size 3; "
+            "use 2 ranks, or a global batch of 18",
+        ),
+        (
+            32, 16, 8,
+            "train.global_batch_size: 16 is no multiple of the data parallel size 32; "
+            "use 16 ranks, or a global batch of 32",
+        ),
+        (
+            2, 12, 4,
+            "train.micro_batch_size: 4 does not divide the 6 sequences that each of 2 data parallel "
+            "ranks gets of a global batch of 12; use 3 (--set train.micro_batch_size=3)",
+        ),
+        (
+            4, 16, 8,
+            "train.micro_batch_size: 8 does not divide the 4 sequences that each of 4 data parallel "
+            "ranks gets of a global batch of 16; use 4 (--set train.micro_batch_size=4)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_divide_is_refused(ranks: int, batch: int, micro: int, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        plan_layout(recipe(batch, micro), ranks)
+
+
+@pytest.mark.parametrize("ranks", range(1, 40))
+def test_the_advice_works(ranks: int) -> None:
+    """Whoever does what the message says gets a layout."""
+    batch, micro = 24, 8
+    try:
+        plan_layout(recipe(batch, micro), ranks)
+    except UserError as error:
+        advised_ranks = re.search(r"use (\d+) ranks, or a global batch of (\d+)", str(error))
+        advised_micro = re.search(r"micro_batch_size=(\d+)", str(error))
+        if advised_ranks:
+            plan_layout(recipe(batch, 1), int(advised_ranks[1]))
+            plan_layout(recipe(int(advised_ranks[2]), 1), ranks)
+        else:
+            assert advised_micro
+            plan_layout(recipe(batch, int(advised_micro[1])), ranks)
+
+
+def test_ranks_that_model_parallelism_does_not_divide() -> None:
+    with pytest.raises(
+        UserError, match="6 ranks are no multiple of tensor 2 x pipeline 2; start a"
+    ):
+        plan_layout(recipe(16, 2, tensor=2, pipeline=2), 6)
+    with pytest.raises(UserError, match="start a multiple of 4 ranks"):
+        plan_layout(recipe(16, 2, tensor=2, pipeline=2), 2)
