@@ -1,0 +1,1 @@
+"""Tests of the DeepSpeed JSONs and of their linter."""

@@ -1,0 +1,73 @@
+"""What the linter's rules claim, seen in real DeepSpeed runs."""
+
+from typing import Any
+
+import pytest
+
+from launch.ds_config import load_json, merge
+from launch.ds_lint import lint
+from launch.recipe import ROOT
+from tests.ds_configs.test_lint import CPU, config, params, zero
+from tests.ds_configs.training import train_raw, train_with_accelerate
+from tests.ranks import run_ranks
+
+
+def test_omitted_clipping_is_one() -> None:
+    result = run_ranks(train_raw, 1, config({"gradient_clipping": None}), 1)[0]
+    assert result["clipping"] == 1.0
+
+
+def test_nested_auto_trains_in_fp32() -> None:
+    changed = config({"bf16": {"enabled": "auto"}})
+    assert run_ranks(train_raw, 1, changed, 1)[0]["dtype"] == "torch.float32"
+
+
+def test_stage_0_in_bf16_really_is_a_step_ahead() -> None:
+    plain = config({"bf16": {"enabled": True}, "torch_autocast": None, "data_types": None}, "zero0")
+    other = config({"data_types": None}, "zero1")
+    lag = run_ranks(train_raw, 1, plain)[0]
+    right = run_ranks(train_raw, 1, other)[0]
+    autocast = run_ranks(train_raw, 1, config({}, "zero0"))[0]
+    assert lag["optimizer"] == "FP16_UnfusedOptimizer"
+    drop = [r["losses"][0] - r["losses"][1] for r in (lag, right, autocast)]
+    # Bias corrected as if it were the second, the first update is 0.1 / 0.19 / sqrt(0.05 / 0.0975)
+    # = 0.73 of what it should be.
+    assert drop[0] < 0.9 * drop[1]
+    assert drop[2] == pytest.approx(drop[1], rel=0.05)
+
+
+def test_stage_0_in_bf16_refuses_fp32_accumulation() -> None:
+    with pytest.raises(NotImplementedError, match="unsupported mix"):
+        run_ranks(train_raw, 1, zero(0), 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_grad_norm": 1.0}, {"torch_adam": None, "fused": True}, {"beta": 0.9}]
+)
+def test_what_the_optimizer_refuses_is_an_error(changes: dict[str, Any]) -> None:
+    changed = params(**changes)
+    if "torch_adam" in changes:
+        # The CPU's Adam, since FusedAdam would first be compiled.
+        changed = merge(config({}, "zero2_offload_cpu"), {"optimizer": {"params": {"fused": True}}})
+    assert any(finding.level == "error" for finding in lint(changed))
+    with pytest.raises((TypeError, ValueError)):
+        run_ranks(train_raw, 1, changed, 1)
+
+
+def test_nothing_is_trained_otherwise_by_keys_without_effect() -> None:
+    plain = run_ranks(train_raw, 1, zero(2))[0]
+    ignored = run_ranks(train_raw, 1, zero(2, offload_param=CPU, sub_group_size=10))[0]
+    assert ignored["losses"] == plain["losses"]
+
+
+def test_zero1_in_bf16_with_fp32_accumulation_is_another_class() -> None:
+    assert run_ranks(train_raw, 1, zero(1), 1)[0]["optimizer"] == "BF16_Optimizer"
+    bf16 = {**zero(1), "data_types": {"grad_accum_dtype": "bf16"}}
+    assert run_ranks(train_raw, 1, bf16, 1)[0]["optimizer"] == "DeepSpeedZeroOptimizer"
+
+
+def test_accelerate_stops_at_auto_betas() -> None:
+    auto = load_json(ROOT / "ds_configs" / "hf" / "zero1.json")
+    auto["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}
+    with pytest.raises(ValueError, match=r"optimizer\.params\.betas"):
+        run_ranks(train_with_accelerate, 1, auto, "bf16")
