@@ -7,46 +7,75 @@ name `step_...` was complete when it got it.
 """
 
 import json
-import random
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launch.distributed import Ranks
 from launch.errors import UserError
+from launch.generators import generator_states, set_generator_states
 from launch.layout import Layout
 from launch.recipe import Recipe
 from launch.run_folder import MANIFEST, RunFolder
+from launch.swapped_state import (
+    is_swapped,
+    load_all_but_swapped,
+    load_swapped,
+    save_swapped,
+    without_copied_swap_files,
+)
 
 # What may change between a save and the resumed run; anything else would be another run.
-MAY_CHANGE = (
+MAY_CHANGE = {
+    "name",
     "run",
     "checkpoint",
     "train.steps",
     "train.eval_every",
     "train.eval_batches",
     "data.cache_dir",
-    "name",
-)
+    # Where swap files lie: a checkpoint holds what was in them.
+    "deepspeed.zero_optimization.offload_optimizer.nvme_path",
+    "deepspeed.zero_optimization.offload_param.nvme_path",
+    # These follow from the recipe and the ranks, which are compared by themselves.
+    "deepspeed.train_batch_size",
+    "deepspeed.train_micro_batch_size_per_gpu",
+    "deepspeed.gradient_accumulation_steps",
+}
+
+
+def identity(
+    recipe: Recipe, ds_config: dict[str, Any], layout: Layout, corpus: str
+) -> dict[str, Any]:
+    """What a run and its continuation have in common; it goes into each checkpoint's manifest.
+
+    `ds_config` is the resolved JSON, and `corpus` the fingerprint of the tokens.
+    """
+    return {
+        "world_size": layout.world_size,
+        "recipe": recipe.model_dump(mode="json", exclude={"deepspeed"}),
+        "deepspeed": ds_config,
+        "corpus": corpus,
+    }
 
 
 def save(
     engine: DeepSpeedEngine,
     run: RunFolder,
     step: int,
-    recipe: Recipe,
-    layout: Layout,
-    corpus: str,
+    keep: int,
+    run_identity: dict[str, Any],
     ranks: Ranks,
 ) -> Path:
-    """Write `checkpoints/step_<step>` and remove all but the newest `checkpoint.keep`.
+    """Write `checkpoints/step_<step>` and remove all but the newest `keep`. Every rank must call.
 
-    `step` counts finished steps; `corpus` is the fingerprint of the tokens. Every rank must call.
+    `step` counts finished steps. Checkpoints of later steps go too: they are of a run that ended
+    when this one was started from an earlier checkpoint of it.
 
     Raises:
         UserError: where the disk is full or not writable. Earlier checkpoints stay as they are.
@@ -56,11 +85,16 @@ def save(
     try:
         if ranks.first:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
-            for left_over in (*run.checkpoints.glob(".saving_*"), final):
+            for left_over in run.checkpoints.glob(".saving_*"):
                 shutil.rmtree(left_over, ignore_errors=True)
         dist.barrier()
-        engine.save_checkpoint(str(run.checkpoints), tag=unfinished.name, save_latest=False)
-        torch.save(_generators(), unfinished / f"generators_rank{ranks.rank:04d}.pt")
+        if is_swapped(engine):
+            with without_copied_swap_files(engine):
+                engine.save_checkpoint(str(run.checkpoints), tag=unfinished.name, save_latest=False)
+            save_swapped(engine, unfinished, ranks.rank)
+        else:
+            engine.save_checkpoint(str(run.checkpoints), tag=unfinished.name, save_latest=False)
+        torch.save(generator_states(), unfinished / f"generators_rank{ranks.rank:04d}.pt")
         dist.barrier()
         if ranks.first:
             files = {
@@ -68,75 +102,71 @@ def save(
                 for f in unfinished.rglob("*")
                 if f.is_file()
             }
-            manifest = {
-                "step": step,
-                "world_size": layout.world_size,
-                "corpus": corpus,
-                "recipe": recipe.model_dump(),
-                "files": files,
-            }
+            manifest = {"step": step, **run_identity, "files": files}
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2))
+            shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
-            for old in sorted(run.checkpoints.glob("step_*"))[: -recipe.checkpoint.keep]:
+            found = sorted(run.checkpoints.glob("step_*"))
+            place = found.index(final)
+            for old in (*found[: max(place + 1 - keep, 0)], *found[place + 1 :]):
                 shutil.rmtree(old)
         dist.barrier()
     except (OSError, RuntimeError) as error:
-        raise _as_user_error(error, run.checkpoints, step) from error
+        raise _as_user_error(error, unfinished, step) from error
     return final
 
 
-def _as_user_error(error: Exception, folder: Path, step: int) -> Exception:
+def _as_user_error(error: Exception, unfinished: Path, step: int) -> Exception:
     # torch.save wraps a full disk into a RuntimeError of its zip writer.
     writing = isinstance(error, OSError) or any(
-        w in str(error) for w in ("PytorchStreamWriter", "iostream")
+        w in str(error) for w in ("PytorchStreamWriter", "iostream", "unexpected pos")
     )
     if not writing:
         return error
+    folder = unfinished.parent
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free / 2**30
+    shutil.rmtree(unfinished, ignore_errors=True)
+    reason = error.strerror if isinstance(error, OSError) else "torch.save could not go on"
     return UserError(
-        f"checkpoint of step {step}: cannot write to {folder} ({free:.1f} GiB free): "
-        f"{str(error).splitlines()[0]}; make room, then go on with --resume auto"
+        f"checkpoint of step {step}: cannot write to {folder} ({free:.1f} GiB free): {reason}; "
+        "make room, then go on with --resume auto"
     )
 
 
-def load(
-    engine: DeepSpeedEngine,
-    checkpoint: Path,
-    recipe: Recipe,
-    layout: Layout,
-    corpus: str,
-    ranks: Ranks,
-) -> int:
-    """Bring engine and generators to where `checkpoint` was saved; returns its finished steps.
+def check(checkpoint: Path, run_identity: dict[str, Any], steps: int) -> int:
+    """The finished steps of a checkpoint that the run of `run_identity` may go on from.
 
     Raises:
-        UserError: where the checkpoint was saved by another recipe, layout or corpus.
+        UserError: where another recipe, JSON, number of ranks or corpus saved it, or where it is
+            past the `steps` of the run.
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    if manifest["world_size"] != layout.world_size:
+    before, now = manifest["world_size"], run_identity["world_size"]
+    if before != now:
         raise UserError(
-            f"--resume: {checkpoint} was saved by {manifest['world_size']} ranks, and these are "
-            f"{layout.world_size}; start {manifest['world_size']} ranks"
+            f"--resume: {checkpoint} was saved by {before} ranks, and these are {now}; "
+            f"start {before} ranks"
         )
-    changed = _differences(manifest["recipe"], recipe.model_dump())
+    changed = _differences(manifest["recipe"], run_identity["recipe"])
+    changed += _differences(manifest["deepspeed"], run_identity["deepspeed"], "deepspeed.")
     if changed:
         raise UserError(
             f"--resume: {checkpoint} was saved by another recipe: {'; '.join(changed)}; "
             "set these back, or start a new run"
         )
-    if manifest["corpus"] != corpus:
+    if manifest["corpus"] != run_identity["corpus"]:
         raise UserError(
             f"--resume: the training text is not the one that {checkpoint} was trained on "
             "(its files, or the Python that it comes with, have changed); start a new run"
         )
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise UserError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")
-    _set_generators(
-        torch.load(checkpoint / f"generators_rank{ranks.rank:04d}.pt", weights_only=False)
-    )
-    return int(manifest["step"])
+    step = int(manifest["step"])
+    if step > steps:
+        raise UserError(
+            f"--resume: {checkpoint} has finished step {step}, past train.steps={steps}; "
+            "raise train.steps, or resume from an earlier checkpoint"
+        )
+    return step
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -152,18 +182,27 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     return changed
 
 
-def _generators() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
+def load(engine: DeepSpeedEngine, checkpoint: Path, ranks: Ranks) -> None:
+    """Bring engine and generators to where `checkpoint` was saved. `check` it first.
 
-
-def _set_generators(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])
+    Raises:
+        UserError: where its files cannot be read, though each has its size.
+    """
+    generators = checkpoint / f"generators_rank{ranks.rank:04d}.pt"
+    try:
+        if is_swapped(engine):
+            loaded = load_all_but_swapped(engine, checkpoint)
+            load_swapped(engine, checkpoint, ranks.rank)
+            engine.optimizer.checkpoint_event_epilogue()
+        else:
+            loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if loaded is None:
+            raise UserError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")
+        set_generator_states(torch.load(generators, weights_only=False))
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise UserError(
+            f"--resume: {checkpoint} cannot be read ({str(error).splitlines()[0]}); remove it and "
+            "go on from an earlier one"
+        ) from error

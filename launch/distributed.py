@@ -1,21 +1,20 @@
 """Who am I among the ranks: set up once, the same under every launcher and without one."""
 
-import ctypes
 import os
-import signal
 import socket
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from launch.errors import UserError
+from launch.watch import end_with_launcher
+
 if TYPE_CHECKING:
     import torch
 
 Decision = TypeVar("Decision")
-PR_SET_PDEATHSIG = 1
 TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
 
 
@@ -38,7 +37,7 @@ def prepare_environment() -> None:
     """Settle what has to stand before torch is imported. Call it first.
 
     Without a launcher, the process becomes the one rank of a world of one. A rank whose launcher
-    is killed ends with it: the launcher's own clean-up does not run on SIGKILL.
+    is killed ends with it.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -48,8 +47,8 @@ def prepare_environment() -> None:
             "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-    elif sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    else:
+        end_with_launcher()
     # DeepSpeed's launcher says LOCAL_SIZE, torchrun and Accelerate LOCAL_WORLD_SIZE. Without this,
     # each of n ranks would start a thread for every core of the host.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
@@ -61,6 +60,9 @@ def connect() -> Ranks:
     """Join the process group: NCCL where this rank has a GPU, gloo elsewhere.
 
     Returns after every rank of the world has joined.
+
+    Raises:
+        UserError: where the port at which the ranks meet is taken.
     """
     import deepspeed
     import torch
@@ -77,12 +79,20 @@ def connect() -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=TIMEOUT,
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=TIMEOUT,
+            verbose=False,
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ.get('MASTER_PORT')} is in use on this machine, by another run perhaps; "
+            "choose another one: deepspeed --master_port N, or MASTER_PORT=N for other launchers"
+        ) from None
     return Ranks(rank, world_size, local_rank, device)
 
 

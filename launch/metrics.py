@@ -5,6 +5,7 @@ writes. Speeds count the whole run's tokens; memory is rank 0's peak.
 """
 
 import json
+import math
 import resource
 import sys
 import time
@@ -128,9 +129,14 @@ class Metrics:
         self._write({"step": step, "held_out_loss": loss})
 
     def _write(self, record: dict[str, Any]) -> None:
+        # JSON has no word for "not a number": the norm of gradients that overflowed in fp16, say.
+        record = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
         self.records.append(record)
         try:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(
                 f"{self.run.metrics}: cannot write: {error.strerror}; make room and resume"
@@ -208,6 +214,7 @@ def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     training = [r for r in records if "loss" in r]
     if not training:
@@ -221,10 +228,13 @@ def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
     if held_out:
         axes.plot(
             *zip(*held_out, strict=True),
-            "o",
+            "o-",
             color="tab:red",
+            lw=0.8,
+            ms=4,
             label=f"held out ({held_out[-1][1]:.3f})",
         )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1M, not 1e6
     axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -3,7 +3,7 @@
 runs/<recipe>/<time>/
     recipe.yaml        the resolved recipe
     deepspeed.json     the resolved configuration
-    environment.json   versions, devices, commit, command
+    environment.json   versions, devices, commit, command; of earlier starts too
     metrics.jsonl      one object a step
     tensorboard/       the same, for TensorBoard
     checkpoints/step_00000500/ ...
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from launch.errors import UserError
 from launch.recipe import ROOT, Recipe, recipe_from_dict
@@ -59,10 +60,10 @@ class Start:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None where each file has its recorded size."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
         return f"no readable {MANIFEST}"
-    for name, size in manifest["files"].items():
+    for name, size in files.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
@@ -90,48 +91,63 @@ def choose_start(recipe: Recipe, resume: str | None) -> Start:
             run that is not to be resumed, or where all of its checkpoints are damaged.
     """
     parent = ROOT / "runs" / recipe.name
-    fixed = RunFolder(Path(recipe.run.dir)) if recipe.run.dir else None
-    fresh = fixed or RunFolder(_new_path(parent))
+    fixed = RunFolder(Path(recipe.run.dir).expanduser().absolute()) if recipe.run.dir else None
     if resume is None:
-        if fresh.metrics.exists():
+        if fixed and fixed.metrics.exists():
             raise UserError(
-                f"run.dir: {fresh.path} already holds a run; go on with it by --resume auto, "
+                f"run.dir: {fixed.path} already holds a run; go on with it by --resume auto, "
                 "or name another folder"
             )
+        fresh = fixed or RunFolder(_new_folder(parent))
         return Start(fresh, None, f"a new run in {fresh.path}")
     if resume != "auto":
-        return _start_at_path(Path(resume))
-    candidates = (
-        [fixed] if fixed else [RunFolder(p) for p in sorted(parent.glob("*"), reverse=True)]
-    )
-    for run in candidates:
+        start = _start_at_path(Path(resume).expanduser().absolute())
+        if fixed and fixed.path.resolve() != start.folder.path.resolve():
+            raise UserError(
+                f"--resume: it names a run in {start.folder.path}, and run.dir is {fixed.path}; "
+                "leave one of the two out"
+            )
+        return start
+    runs = [fixed] if fixed else [RunFolder(p) for p in sorted(parent.glob("*"), reverse=True)]
+    passed_over: list[str] = []
+    for run in runs:
         found, refused = newest_complete(run)
         if found:
-            return Start(run, found, _describe(found, refused))
+            return Start(run, found, _describe(found, [*passed_over, *refused]))
         if refused:
             raise UserError(
                 f"--resume auto: every checkpoint of {run.path} is damaged ({'; '.join(refused)}); "
                 "remove the folder to start from step 0"
             )
+        unfinished = [path.name for path in run.checkpoints.glob(".saving_*")]
+        if run.metrics.exists() or unfinished:
+            passed_over.append(f"{run.path.name}: {', '.join(unfinished) or 'no checkpoint'}")
     where = fixed.path if fixed else parent
-    return Start(
-        fresh, None, f"no complete checkpoint under {where}: starting at step 0 in {fresh.path}"
-    )
+    fresh = fixed or RunFolder(_new_folder(parent))
+    seen = f" (passed over {'; '.join(passed_over)})" if passed_over else ""
+    message = f"no complete checkpoint under {where}{seen}: starting at step 0 in {fresh.path}"
+    return Start(fresh, None, message)
 
 
 def _start_at_path(path: Path) -> Start:
     if not path.is_dir():
-        raise UserError(f"--resume: there is no folder {path}")
+        raise UserError(f"--resume: there is no folder {path}; give a run's or a checkpoint's")
     if path.name.startswith("step_") or (path / MANIFEST).exists():
         wrong = damage(path)
         if wrong:
-            raise UserError(f"--resume: {path} is not a complete checkpoint: {wrong}")
+            raise UserError(
+                f"--resume: {path} is not a complete checkpoint: {wrong}; name another one, or the "
+                "run's folder for its newest complete one"
+            )
         return Start(RunFolder(path.parent.parent), path, _describe(path, []))
     run = RunFolder(path)
     found, refused = newest_complete(run)
     if not found:
         reasons = "; ".join(refused) or "none was saved"
-        raise UserError(f"--resume: {path} has no complete checkpoint ({reasons})")
+        raise UserError(
+            f"--resume: {path} has no complete checkpoint ({reasons}); name another run's folder, "
+            "or start a new run without --resume"
+        )
     return Start(run, found, _describe(found, refused))
 
 
@@ -141,22 +157,53 @@ def _describe(checkpoint: Path, refused: list[str]) -> str:
     return f"resuming after step {step} from {checkpoint}{passed_over}"
 
 
-def _new_path(parent: Path) -> Path:
+def _new_folder(parent: Path) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path, number = parent / stamp, 1
-    while path.exists():
-        path, number = parent / f"{stamp}-{number}", number + 1
-    return path
+    while True:
+        try:
+            path.mkdir(parents=True)  # here and now: another run may start in the same second
+        except FileExistsError:
+            path, number = parent / f"{stamp}-{number}", number + 1
+        else:
+            return path
+
+
+def claim(run: RunFolder) -> FileLock:
+    """Make the run's folder, and keep every other process out of it while this one lives.
+
+    Raises:
+        UserError: where it cannot be made or written to, or a run is writing to it.
+    """
+    lock = FileLock(run.path / ".lock")  # the kernel drops it with its holder
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"run.dir: a run that has not ended is writing to {run.path}; wait for it, or name "
+            "another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"run.dir: cannot write to {run.path} ({error.strerror}); name a writable folder"
+        ) from None
+    return lock
 
 
 def write_settings(
     run: RunFolder, recipe: Recipe, ds_config: dict[str, Any], world_size: int
 ) -> None:
-    """Write recipe.yaml, deepspeed.json and environment.json."""
-    run.path.mkdir(parents=True, exist_ok=True)
+    """Write recipe.yaml, deepspeed.json and environment.json; a resumed run's keeps the earlier."""
     (run.path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
     (run.path / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-    (run.path / "environment.json").write_text(json.dumps(environment(world_size), indent=2) + "\n")
+    file, now = run.path / "environment.json", environment(world_size)
+    try:
+        before = json.loads(file.read_text())
+        now["earlier"] = [*before.pop("earlier", []), before]
+    except (OSError, ValueError):
+        now["earlier"] = []
+    file.write_text(json.dumps(now, indent=2) + "\n")
 
 
 def read_settings(folder: Path) -> Recipe:

@@ -26,6 +26,7 @@ from launch.distributed import connect, from_first_rank, prepare_environment
 from launch.errors import UserError, one_line_errors
 from launch.layout import plan_layout
 from launch.recipe import Recipe, load_recipe
+from launch.watch import tell_of_signals
 
 if TYPE_CHECKING:
     from launch.data import Corpus
@@ -59,8 +60,9 @@ def train(recipe: Recipe, resume: str | None) -> None:
     from launch.ds_config import resolve
     from launch.engine import build_engine, evaluate, train_step
     from launch.finish import finish
+    from launch.generators import seed_generators
     from launch.metrics import Metrics, check_trackers
-    from launch.run_folder import choose_start, write_settings
+    from launch.run_folder import choose_start, claim, write_settings
     from launch.swap import make_empty, with_own_swap_folder
 
     check_trackers(recipe)
@@ -72,8 +74,12 @@ def train(recipe: Recipe, resume: str | None) -> None:
 
     start = from_first_rank(ranks, lambda: choose_start(recipe, resume))
     say(start.message)
-    run = start.folder
+    run, done = start.folder, 0
+    identity = checkpoint.identity(recipe, ds_config, layout, corpus.folder.name)
+    if start.checkpoint:
+        done = checkpoint.check(start.checkpoint, identity, recipe.train.steps)
     ds_config, swap_folders = with_own_swap_folder(ds_config, run.path)
+    lock = claim(run) if ranks.first else None
     if ranks.first:
         write_settings(run, recipe, ds_config, ranks.world_size)
     if ranks.local_rank == 0:
@@ -87,9 +93,9 @@ def train(recipe: Recipe, resume: str | None) -> None:
         layout.data,
     )
     engine = build_engine(recipe, ds_config, ranks)
-    done = 0
+    seed_generators(recipe.train.seed, ranks.rank)
     if start.checkpoint:
-        done = checkpoint.load(engine, start.checkpoint, recipe, layout, corpus.folder.name, ranks)
+        checkpoint.load(engine, start.checkpoint, ranks)
     clock.lap("engine")
 
     parameters, flops = model_size(recipe)
@@ -109,12 +115,13 @@ def train(recipe: Recipe, resume: str | None) -> None:
         check_finite(step, result)
         if metrics:
             metrics.log(step, result)
-        if save_every and (step % save_every == 0 or step == steps):
-            checkpoint.save(engine, run, step, recipe, layout, corpus.folder.name, ranks)
         if (eval_every and step % eval_every == 0) or step == steps:
             held_out_loss = evaluate(engine, held_out)
             if metrics:
                 metrics.log_held_out(step, held_out_loss)
+        # Last: what a step has recorded is whole when a run goes on from it.
+        if save_every and (step % save_every == 0 or step == steps):
+            checkpoint.save(engine, run, step, recipe.checkpoint.keep, identity, ranks)
         if metrics:
             metrics.restart_clock()
 
@@ -127,6 +134,8 @@ def train(recipe: Recipe, resume: str | None) -> None:
         say(f"run folder: {run.path}")
     for folder in swap_folders if ranks.local_rank == 0 else ():
         shutil.rmtree(folder, ignore_errors=True)
+    if lock:
+        lock.release()
 
 
 def check_vocabulary(recipe: Recipe, corpus: "Corpus") -> None:
@@ -201,6 +210,7 @@ def main() -> None:
     """Read the command line and do what it says."""
     arguments = parse_arguments()
     with one_line_errors():
+        tell_of_signals()
         if arguments.list or arguments.dry_run:
             if os.environ.get("RANK", "0") != "0":
                 return

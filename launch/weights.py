@@ -1,19 +1,21 @@
 """The whole model's weights out of any engine, by their canonical names, and into one again."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import safe_get_full_fp32_param
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from launch.errors import UserError
-from models.hf import HFCausalLM
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -21,8 +23,18 @@ INDEX = "model.safetensors.index.json"
 
 def canonical_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the name under which they are stored: tied ones once, no wrapper's prefix."""
-    inner = model.model if isinstance(model, HFCausalLM) else model
+    inner: Any = model.model if is_hf(model) else model
     return dict(inner.named_parameters())
+
+
+def is_hf(model: nn.Module) -> bool:
+    """Whether a model is transformers' own, in our wrapper.
+
+    Where it is, `models.hf` is loaded already; importing it here would cost every other run the
+    seconds that transformers takes.
+    """
+    hf = sys.modules.get("models.hf")
+    return hf is not None and isinstance(model, hf.HFCausalLM)
 
 
 def full_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
@@ -47,6 +59,9 @@ def save_weights(engine: DeepSpeedEngine, folder: Path, dtype: torch.dtype) -> l
     """Write model*.safetensors in `dtype` (rank 0 writes; every rank must call), 5 GB a file.
 
     Only one file's tensors are in memory at a time. Returns the files' paths.
+
+    Raises:
+        UserError: where the disk is full or not writable.
     """
     shapes = {
         name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=dtype, device="meta")
@@ -70,13 +85,24 @@ def save_weights(engine: DeepSpeedEngine, folder: Path, dtype: torch.dtype) -> l
             held[file][name] = tensor.to("cpu", dtype).contiguous()
         waiting[file].discard(name)
         if first and not waiting[file]:
-            save_file(held.pop(file), folder / file, metadata={"format": "pt"})
+            _write(held.pop(file), folder / file)
     if first and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": file_of}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
-    if first and isinstance(engine.module, HFCausalLM):
+    if first and is_hf(engine.module):
         engine.module.model.config.save_pretrained(folder)
     return sorted(folder / file for file in set(file_of.values()))
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        file.unlink(missing_ok=True)  # what is left of it would look like the run's weights
+        raise UserError(
+            f"{file}: cannot write the final weights ({error}); make room, then --resume auto writes "
+            "them from the last checkpoint"
+        ) from error
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -96,18 +96,8 @@ if [ ! -x .venv/bin/pip ] || ! .venv/bin/pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear .venv
 fi
 
-# PyPI's torch brings some gigabytes of CUDA libraries. Without a GPU, and without an index of your
-# own, take PyTorch's CPU build where its server answers.
-extra=()
-cpu_index=https://download.pytorch.org/whl/cpu
-if ! command -v nvidia-smi >/dev/null && [ -z "${PIP_INDEX_URL:-}${PIP_NO_INDEX:-}" ] \
-    && ! .venv/bin/pip config list 2>/dev/null | grep -q 'index' \
-    && "$python" -c "import urllib.request as r; r.urlopen('$cpu_index/torch/', timeout=5)" 2>/dev/null; then
-    extra=(--extra-index-url "$cpu_index")
-fi
-
 echo "setup: installing the pinned dependencies into .venv, a minute or more ..."
-.venv/bin/pip install --quiet --disable-pip-version-check ${extra[@]+"${extra[@]}"} \
+.venv/bin/pip install --quiet --disable-pip-version-check \
     -r requirements.txt -r requirements-dev.txt
 echo "$wanted" >"$stamp"
 echo "setup: done"

@@ -1,0 +1,81 @@
+"""Small runs inside `run_ranks`: a recipe's values, and a run that is killed at a chosen step."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from launch.metrics import read_metrics
+from launch.recipe import recipe_from_dict
+from tests.ranks import run_ranks
+
+STEPS, SAVE_EVERY = 5, 2
+# What a step is, as opposed to how long it took and where.
+TIMING = ("seconds", "tokens_per_second", "tflops_per_device", "memory_gib", "mfu")
+
+
+def write_text(folder: Path) -> Path:
+    """Sixty short documents, no two alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(60):
+        words = " ".join(f"{number * 37 + i * i:x}" for i in range(150))
+        (folder / f"{number}.txt").write_text(f"document {number}: {words}\n")
+    return folder
+
+
+def values(folder: Path, run: str = "run", **deepspeed: Any) -> dict[str, Any]:
+    """A recipe of 60 thousand parameters that writes to `folder/run`, with dropout and warm-up.
+
+    `deepspeed` is the recipe's block of that name.
+    """
+    return {
+        "name": "resumed",
+        "model": {"layers": 2, "hidden": 32, "heads": 2, "vocab": 320, "context": 32,
+                  "dropout": 0.2},
+        "data": {"source": str(folder / "text"), "sequence_length": 32,
+                 "cache_dir": str(folder / "cache")},
+        "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2,
+                  "schedule": {"warmup_steps": 3}, "eval_every": 2, "eval_batches": 1},
+        "deepspeed": {"optimizer": {"params": {"lr": 1e-2}}, **deepspeed},
+        "checkpoint": {"every": SAVE_EVERY},
+        "run": {"dir": str(folder / run), "tensorboard": False, "sample_tokens": 0},
+    }  # fmt: skip
+
+
+def train(
+    values: dict[str, Any], resume: str | None = None, kill_after: int | None = None, ranks: int = 2
+) -> None:
+    """Run a recipe to its end in fresh processes; `kill_after` steps, all of them get SIGKILL."""
+    run_ranks(_train, ranks, values, resume, kill_after, timeout=200)
+
+
+def _train(values: dict[str, Any], resume: str | None, kill_after: int | None) -> None:
+    import launch.train
+
+    if kill_after is not None:
+        _kill_after(kill_after)
+    launch.train.train(recipe_from_dict(values), resume)
+
+
+def _kill_after(steps: int) -> None:
+    import torch.distributed as dist
+
+    import launch.engine
+
+    step, count = launch.engine.train_step, iter(range(steps + 1))
+
+    def deadly(*arguments: Any) -> Any:
+        if next(count) == steps:
+            dist.barrier()  # until rank 0 has logged the step before
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*arguments)
+
+    vars(launch.engine)["train_step"] = deadly
+
+
+def steps_logged(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what differs from run to run."""
+    return [
+        {key: value for key, value in record.items() if key not in TIMING}
+        for record in read_metrics(run / "metrics.jsonl")
+    ]

@@ -1,0 +1,69 @@
+"""Killed between two saves and resumed, a run ends bit for bit like one never killed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.ds_config import merge
+from tests.ranks import RankDiedError
+from tests.resume.runs import STEPS, steps_logged, train, values, write_text
+
+FP32: dict[str, Any] = {"bf16": {"enabled": False}}
+
+
+OPTIMIZER_ON_CPU = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+def _offload(path: Path) -> dict[str, Any]:
+    swap = {"nvme_path": str(path / "swap")}
+    # A buffer as small as the model; nothing stays in memory that could be swapped.
+    return {
+        "offload_optimizer": swap,
+        "offload_param": {**swap, "buffer_size": 300_000, "max_in_cpu": 0},
+    }
+
+
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stage 0, fp32": ("zero0_fp32.json", {}),
+    "stage 1, fp32": ("zero1.json", FP32),
+    "stage 2, fp32": ("zero2.json", FP32),
+    "stage 3, fp32": ("zero3.json", FP32),
+    "stage 2, optimizer on the CPU, fp32": ("zero2_offload_cpu.json", FP32),
+    "stage 3, all on the CPU, fp32": ("zero3_offload_cpu.json", FP32),
+    "stage 3, all on a disk, fp32": ("zero3_offload_nvme.json", FP32),
+    "stage 3, weights on a disk, fp32": ("zero3_offload_nvme.json", {**FP32, **OPTIMIZER_ON_CPU}),
+    "stage 0, bf16": ("zero0.json", {}),
+    "stage 2, bf16": ("zero2.json", {}),
+    "stage 3, bf16": ("zero3.json", {}),
+    "stage 3, all on a disk, bf16": ("zero3_offload_nvme.json", {}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_killed_run_ends_like_one_never_killed(
+    layout: str, tmp_path: Path, built_ops: object
+) -> None:
+    file, changes = LAYOUTS[layout]
+    write_text(tmp_path / "text")
+    block: dict[str, Any] = {"config": f"ds_configs/{file}", **changes}
+    if "disk" in layout:
+        block = merge({"zero_optimization": _offload(tmp_path)}, block)
+    whole, killed = (values(tmp_path, run, **block) for run in ("whole", "killed"))
+    if "disk" in layout:
+        # DeepSpeed swaps no tensor below 1 MB: here the matrices are above it, the vectors below.
+        whole["model"]["hidden"] = killed["model"]["hidden"] = 192
+
+    train(whole)
+    with pytest.raises(RankDiedError, match="-9"):
+        train(killed, kill_after=3)
+    assert [r["step"] for r in steps_logged(tmp_path / "killed")] == [1, 2, 2, 3]
+    assert [p.name for p in (tmp_path / "killed/checkpoints").glob("step_*")] == ["step_00000002"]
+    train(killed, resume="auto")
+
+    expected = steps_logged(tmp_path / "whole")
+    assert steps_logged(tmp_path / "killed") == expected
+    assert [r["step"] for r in expected if "loss" in r] == list(range(1, STEPS + 1))
+    assert len({r["learning_rate"] for r in expected if "loss" in r}) > 3  # the schedule moves
+    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "killed")]
+    assert weights[0] == weights[1]
