@@ -1,0 +1,210 @@
+"""Does a layout compute what one device computes? Run both from the same weights and batches.
+
+The reference is the plain PyTorch loop of `launch/reference.py`; the layout is DeepSpeed's engine on
+any number of ranks. `launch/parity_compare.py` says how far apart they are, and may be.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.errors import UserError
+from launch.recipe import HFModel, Recipe, recipe_from_dict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run leaves to compare: one number a step, and the last weights in fp32 on the CPU.
+
+    Weights have their canonical names (`launch/weights.py`), tied ones once. On ranks other than
+    the first, `weights` is empty.
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    learning_rates: list[float]
+    weights: dict[str, "Tensor"]
+
+
+def compute_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
+    """The dtype of the matrix products: bf16 also where torch_autocast does them in it."""
+    import torch
+
+    from launch.engine import training_dtype
+
+    autocast = ds_config.get("torch_autocast") or {}
+    if autocast.get("enabled"):
+        name = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
+        return torch.float16 if name in ("float16", "fp16", "half") else torch.bfloat16
+    return training_dtype(ds_config)
+
+
+def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
+    """Refuse what one device cannot repeat step for step.
+
+    Raises:
+        UserError: for fp16, dropout, or another optimizer than AdamW; it names the override to use.
+    """
+    import torch
+
+    if compute_dtype(ds_config) is torch.float16:
+        other = (
+            "--set deepspeed.torch_autocast.dtype=bfloat16"
+            if (ds_config.get("torch_autocast") or {}).get("enabled")
+            else "--set deepspeed.fp16.enabled=false (fp32), deepspeed.bf16.enabled=true with it"
+        )
+        raise UserError(
+            "fp16: its loss scale skips the first steps, so there is nothing to compare step by step; "
+            f"compare in another precision: {other}"
+        )
+    optimizer = ds_config.get("optimizer") or {}
+    kind = str(optimizer.get("type", ""))
+    if kind.lower() not in ("adam", "adamw"):
+        raise UserError(
+            f"optimizer.type: the reference steps with AdamW, and this is {kind or 'absent'}; "
+            "use --set deepspeed.optimizer.type=AdamW"
+        )
+    if not (optimizer.get("params") or {}).get("adam_w_mode", True):
+        raise UserError(
+            "optimizer.params.adam_w_mode: the reference decays weights as AdamW does; "
+            "use --set deepspeed.optimizer.params.adam_w_mode=true"
+        )
+    for key, value in _dropouts(recipe).items():
+        raise UserError(
+            f"{key}: it is {value}, and each rank draws a mask of its own; use --set {key}=0.0"
+        )
+
+
+def _dropouts(recipe: Recipe) -> dict[str, float]:
+    if not isinstance(recipe.model, HFModel):
+        value = recipe.model.gpt_config().dropout
+        return {"model.dropout": value} if value else {}
+    model: Any = meta_model(recipe)
+    return {
+        f"model.changes.{key}": value
+        for key, value in model.model.config.to_dict().items()
+        if ("dropout" in key or key.endswith("pdrop"))
+        and not key.startswith(("summary", "classifier"))  # heads that a language model lacks
+        and isinstance(value, float)
+        and value > 0.0
+    }
+
+
+def meta_model(recipe: Recipe) -> "nn.Module":
+    """The recipe's model without numbers, for names and shapes."""
+    import torch
+
+    from launch.engine import build_model
+
+    return build_model(recipe, torch.float32, "meta")
+
+
+def run_reference(
+    recipe: Recipe, ds_config: dict[str, Any], global_batch: Callable[[int], "Tensor"]
+) -> Trace:
+    """The recipe's steps on one device, without DeepSpeed: on the GPU where there is one.
+
+    Args:
+        recipe: its micro batch size is that of the reference too.
+        ds_config: the resolved JSON, for precision, optimizer and clipping.
+        global_batch: step (from 0) to ids `[micro batches, micro_batch, sequence + 1]`.
+    """
+    import torch
+
+    from launch.engine import build_model, training_dtype
+    from launch.reference import Reference
+    from launch.weights import canonical_names
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(recipe, training_dtype(ds_config), device)
+    if (ds_config.get("torch_autocast") or {}).get("enabled"):
+        model.forward = torch.autocast(device, compute_dtype(ds_config))(model.forward)
+    reference = Reference(model, ds_config, recipe.train)
+    steps = [reference.train_step(global_batch(step)) for step in range(recipe.train.steps)]
+    weights = zip(canonical_names(model), reference.full_weights().values(), strict=True)
+    return Trace(
+        [step.loss for step in steps],
+        [step.grad_norm for step in steps],
+        [step.learning_rate for step in steps],
+        {name: tensor.cpu() for name, tensor in weights},
+    )
+
+
+def run_layout(values: dict[str, Any], scratch: Path) -> Trace:
+    """The recipe's steps as one rank of a layout; every rank calls it, in a process of its own.
+
+    Args:
+        values: the recipe as plain values, which cross into another process.
+        scratch: names the folder that a run with NVMe offload gets below its `nvme_path`.
+
+    Raises:
+        UserError: as `launch/train.py`.
+    """
+    from launch.distributed import connect, prepare_environment
+
+    prepare_environment()
+
+    import torch
+
+    from launch.data import Batches, prepare, tokens_needed
+    from launch.ds_config import resolve
+    from launch.engine import build_engine, train_step
+    from launch.jit import build_ops, ops_needed, use_private_cache
+    from launch.layout import plan_layout
+    from launch.swap import make_empty, with_own_swap_folder
+    from launch.weights import full_weights
+
+    use_private_cache()
+    recipe = recipe_from_dict(values)
+    layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
+    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
+    train = recipe.train
+    batches = Batches(
+        corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
+    )
+    ds_config, swap_folders = with_own_swap_folder(resolve(recipe, layout), scratch)
+    build_ops(ops_needed(ds_config), print)
+    if os.environ["LOCAL_RANK"] == "0":
+        make_empty(swap_folders)
+    ranks = connect()
+    engine = build_engine(recipe, ds_config, ranks)
+    steps = [
+        train_step(engine, batches.rank_batch(step, layout, ranks.rank))
+        for step in range(train.steps)
+    ]
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in full_weights(engine):
+        if ranks.first:
+            weights[name] = tensor.to("cpu", copy=True)
+    for folder in swap_folders if ranks.local_rank == 0 else ():
+        shutil.rmtree(folder, ignore_errors=True)
+    return Trace(
+        [step.loss for step in steps],
+        [step.grad_norm for step in steps],
+        [step.learning_rate for step in steps],
+        weights,
+    )
+
+
+def write_layout_trace(values: dict[str, Any], file: Path) -> None:
+    """`run_layout`, with the result in a file: weights are too large for a pipe."""
+    trace = run_layout(values, file.parent)
+
+    import torch
+
+    if os.environ["RANK"] == "0":
+        torch.save(vars(trace), file)
+
+
+def read_trace(file: Path) -> Trace:
+    """What `write_layout_trace` wrote."""
+    import torch
+
+    return Trace(**torch.load(file, weights_only=True))

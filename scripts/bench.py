@@ -1,0 +1,118 @@
+"""How fast does a recipe train here, against a plain PyTorch loop on one device of this machine?
+
+    python scripts/bench.py --config recipes/gpt_tiny_zero2.yaml --ranks 2
+
+Runs some steps of both, in turns and in fresh processes, and prints tokens/s, their ratio and the
+peak memory. Compare ratios rather than tokens/s: they hold on a busy machine too. Without GPUs the
+plain loop uses all cores, and so do the ranks together; there the ratio in total is the fair one.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.bench import Speed, as_json, bench
+from launch.errors import UserError, one_line_errors
+from launch.recipe import Recipe, load_recipe
+
+RANKS_WITHOUT_GPU = 2
+
+
+def table(recipe: Recipe, speeds: list[Speed]) -> Table:
+    """The two contenders and their ratios, as a person reads them."""
+    plain, _ = speeds
+    found = Table(
+        "", "ranks", "tokens/s", "per rank", "ratio, total", "ratio, a rank", "s/step", box=None
+    )
+    found.add_column("peak GiB a rank")
+    found.add_column("MFU")
+    found.title = f"{recipe.name} on {plain.device}"
+    for speed in speeds:
+        found.add_row(
+            speed.name if speed is plain else recipe.deepspeed["config"],
+            str(speed.ranks),
+            f"{speed.tokens_per_second:,.0f}",
+            f"{speed.tokens_per_second_per_rank:,.0f}",
+            f"{speed.tokens_per_second / plain.tokens_per_second:.2f}",
+            f"{speed.tokens_per_second_per_rank / plain.tokens_per_second:.2f}",
+            f"{speed.seconds_per_step:.3f}",
+            f"{speed.memory_gib:.2f}",
+            "-" if speed.mfu is None else f"{speed.mfu:.1%}",
+        )
+    return found
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's YAML file")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="default: one a GPU, and 2 without GPUs"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="K", help="steps to time a round; default: 10"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=3, metavar="W", help="steps before those; default: 3"
+    )
+    parser.add_argument("--rounds", type=int, default=2, metavar="R", help="default: 2")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace values of the recipe, as in launch/train.py",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args(arguments)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Time both and print.
+
+    Raises:
+        UserError: for numbers that make no sense, and as `launch.bench.bench`.
+    """
+    import torch
+
+    for name, least in (("ranks", 1), ("steps", 1), ("warmup", 0), ("rounds", 1)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}: {value} is too few; use {least} or more")
+    gpus = torch.cuda.device_count()
+    ranks = given.ranks or gpus or RANKS_WITHOUT_GPU
+    if gpus and ranks > gpus:
+        raise UserError(f"--ranks: {ranks} ranks need as many GPUs, and there are {gpus}; lower it")
+    steps = given.warmup + given.steps
+    recipe = load_recipe(given.config, [*given.set, f"train.steps={steps}"])
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    speeds = bench(recipe, ranks, given.warmup, given.rounds, say)
+    if given.json:
+        print(json.dumps(as_json(recipe, speeds), indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(table(recipe, speeds))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and do what it says."""
+    given = parse_arguments(arguments)
+    with one_line_errors():
+        run(given)
+
+
+if __name__ == "__main__":
+    main()

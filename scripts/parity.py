@@ -1,0 +1,151 @@
+"""Is this layout numerically the same as one device? Run both, compare, and show the differences.
+
+    python scripts/parity.py --config recipes/gpt_tiny_zero2.yaml --ranks 2
+
+Runs K steps of the recipe in plain PyTorch on one device, without DeepSpeed, and K steps with the
+recipe's own layout on N ranks, from the same weights on the same batches. Exit code 0: all losses,
+gradient norms and final weights agree within rounding; 1: they do not; 2: the recipe or the command
+line has to be mended.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
+
+import argparse
+import gc
+import os
+import tempfile
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from launch.errors import UserError, one_line_errors
+from launch.recipe import ROOT, Recipe, load_recipe
+
+EXIT_DIFFERENT = 1
+MOST_STEPS = 10  # rounding grows from step to step, and the tolerances are for this many
+RANKS_WITHOUT_GPU = 2
+
+
+def check(recipe: Recipe, ranks: int, out: Path) -> bool:
+    """Run both, print the table, save the picture; returns whether all is within the tolerance.
+
+    Raises:
+        UserError: for a recipe that does not fit the ranks or cannot be compared, or a failed rank.
+    """
+    import torch
+
+    from launch.data import Batches, prepare, tokens_needed
+    from launch.ds_config import resolve
+    from launch.layout import plan_layout
+    from launch.local_ranks import run_local_ranks
+    from launch.parity import (
+        check_comparable,
+        compute_dtype,
+        read_trace,
+        run_reference,
+        write_layout_trace,
+    )
+    from launch.parity_compare import compare, key_biases, layer_count, tolerances
+    from launch.parity_report import save_picture, table, verdict
+
+    layout, alone = plan_layout(recipe, ranks), plan_layout(recipe, 1)
+    ds_config = resolve(recipe, alone)
+    check_comparable(recipe, ds_config)
+    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
+    train = recipe.train
+    batches = Batches(
+        corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
+    )
+    print(f"reference: {train.steps} steps in plain PyTorch on one device", flush=True)
+    reference = run_reference(recipe, ds_config, lambda step: batches.rank_batch(step, alone, 0))
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+    print(f"layout: {recipe.deepspeed['config']} on {layout.describe()}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+        file = Path(folder) / "layout.pt"
+        run_local_ranks(write_layout_trace, ranks, recipe.model_dump(), file)
+        result = read_trace(file)
+
+    dtype = compute_dtype(ds_config)
+    limits = tolerances(dtype, layer_count(recipe), train.compile)
+    differences = compare(reference, result, limits, key_biases(recipe))
+    name = f"{recipe.name}, {ranks} ranks, {str(dtype).removeprefix('torch.')}"
+    picture = out / "parity.png"
+    save_picture(differences, name, picture)
+    Console(width=None if sys.stdout.isatty() else 120).print(table(reference, differences))
+    print(verdict(differences))
+    print(f"picture: {picture}")
+    return not differences[-1].past
+
+
+def default_ranks() -> int:
+    """One rank a GPU; without GPUs two processes on the CPU."""
+    import torch
+
+    return torch.cuda.device_count() or RANKS_WITHOUT_GPU
+
+
+def check_ranks(ranks: int) -> None:
+    """Refuse a number of ranks that this machine cannot hold.
+
+    Raises:
+        UserError: below one, or more ranks than GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if ranks < 1:
+        raise UserError(f"--ranks: {ranks} is no number of ranks; use 1 or more")
+    if gpus and ranks > gpus:
+        raise UserError(
+            f"--ranks: {ranks} ranks need as many GPUs, and there are {gpus}; lower it, or compare on "
+            "the CPU: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and do what it says; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's YAML file")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="default: one a GPU, and 2 without GPUs"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, metavar="K", help=f"1 to {MOST_STEPS}, default: 5"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace values of the recipe, as in launch/train.py",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the picture; default: runs/parity/<recipe>"
+    )
+    given = parser.parse_args(arguments)
+    with one_line_errors():
+        if not 1 <= given.steps <= MOST_STEPS:
+            raise UserError(
+                f"--steps: {given.steps} is outside 1 to {MOST_STEPS}; rounding grows with the steps, and "
+                "the tolerances hold for no more"
+            )
+        recipe = load_recipe(given.config, [*given.set, f"train.steps={given.steps}"])
+        ranks = default_ranks() if given.ranks is None else given.ranks
+        check_ranks(ranks)
+        out = given.out or ROOT / "runs" / "parity" / recipe.name
+        return 0 if check(recipe, ranks, out) else EXIT_DIFFERENT
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # torch's threads need not be waited for

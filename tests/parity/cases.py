@@ -1,0 +1,162 @@
+"""The parity tests' models, batches and settings: small, and every path of DeepSpeed is taken."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.data import Batches, prepare, tokens_needed
+from launch.ds_config import resolve
+from launch.layout import plan_layout
+from launch.parity import Trace, compute_dtype, run_layout, run_reference
+from launch.parity_compare import Difference, compare, key_biases, layer_count, tolerances
+from launch.recipe import ROOT, Recipe, load_recipe, recipe_from_dict
+from tests.ranks import run_ranks
+
+STEPS = 4
+LEARNING_RATE = 1e-3
+CLIP, NO_CLIP = 0.5, 100.0  # half a gradient's norm and less; more than it ever is
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "size": "tiny", "layers": 2, "hidden": 32, "heads": 4, "context": 16, "position": "learned",
+    },
+    "llama": {
+        "size": "tiny_llama", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 88,
+        "context": 16, "position": "rope",
+    },
+}  # fmt: skip
+
+# Buckets and groups that a model of 20,000 parameters overflows; no parameter stays whole on every
+# rank under ZeRO-3, as those below the threshold do; no gigabytes of buffers for NVMe.
+SMALL_PARTS = {
+    "reduce_bucket_size": 4_000,
+    "allgather_bucket_size": 4_000,
+    "stage3_prefetch_bucket_size": 4_000,
+    "stage3_param_persistence_threshold": 0,
+    "sub_group_size": 12_000,
+    "offload_param.buffer_size": 20_000,
+    "offload_param.buffer_count": 8,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of one model. `stem` names a tiny recipe, for example zero2_offload_cpu."""
+
+    stem: str
+    ranks: int
+    precision: str = "fp32"  # or bf16
+    family: str = "gpt2"
+    micro_batch: int = 1
+    clip: float = CLIP
+    checkpoint_activations: bool = False
+
+    @property
+    def name(self) -> str:
+        """For pytest's list."""
+        return f"{self.stem}-{self.ranks}-{self.precision}-{self.family}"
+
+    def recipe(self, folder: Path, changes: dict[str, Any] | None = None) -> Recipe:
+        """The tiny recipe, made smaller still; `folder` is for its text and what it swaps."""
+        file = ROOT / "recipes" / f"gpt_tiny_{self.stem}.yaml"
+        zero = json.loads((ROOT / load_recipe(file).deepspeed["config"]).read_text())[
+            "zero_optimization"
+        ]
+        values: dict[str, Any] = {f"model.{k}": v for k, v in FAMILIES[self.family].items()}
+        values |= {
+            "model.checkpoint_activations": self.checkpoint_activations,
+            "data.source": write_text(folder),
+            "data.tokenizer": "bytes",
+            "data.sequence_length": 16,
+            "data.cache_dir": folder / "cache",
+            "train.steps": STEPS,
+            "train.global_batch_size": 8 * self.micro_batch,
+            "train.micro_batch_size": self.micro_batch,
+            "train.seed": 1234,
+            "train.schedule.warmup_steps": 2,
+            "train.schedule.decay": "cosine",
+            "deepspeed.gradient_clipping": self.clip,
+            "deepspeed.optimizer.params.lr": LEARNING_RATE,
+        }
+        # Stage 0 keeps fp32 weights and computes in bf16; the others keep a bf16 copy of them.
+        block = "bf16" if zero["stage"] else "torch_autocast"
+        values[f"deepspeed.{block}.enabled"] = self.precision == "bf16"
+        if block == "torch_autocast":
+            values["deepspeed.torch_autocast.dtype"] = "bfloat16"
+        for key, value in SMALL_PARTS.items():
+            outer, _, inner = key.rpartition(".")
+            if inner in (zero.get(outer, {}) if outer else zero):
+                values[f"deepspeed.zero_optimization.{key}"] = value
+        for outer in ("offload_optimizer", "offload_param"):
+            if "nvme_path" in zero.get(outer, {}):
+                values[f"deepspeed.zero_optimization.{outer}.nvme_path"] = folder / "nvme"
+        values |= changes or {}
+        return load_recipe(file, [f"{key}={value}" for key, value in values.items()])
+
+
+class Workbench:
+    """Runs cases and compares them; each reference is computed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._references: dict[str, Trace] = {}
+        self._sound: dict[str, list[Difference]] = {}
+
+    def reference(self, recipe: Recipe) -> Trace:
+        """The plain loop's trace, without activation checkpointing whatever the recipe says."""
+        alone = plan_layout(recipe, 1)
+        ds_config = resolve(recipe, alone)
+        values = recipe.model_dump()
+        values["model"]["checkpoint_activations"] = False
+        parts = [values[key] for key in ("model", "data", "train")]
+        parts += [ds_config.get(key) for key in ("bf16", "torch_autocast", "gradient_clipping")]
+        key = json.dumps([*parts, ds_config["optimizer"]["params"]], sort_keys=True)
+        if key not in self._references:
+            corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
+            train = recipe.train
+            batches = Batches(
+                corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
+            )
+            self._references[key] = run_reference(
+                recipe_from_dict(values), ds_config, lambda step: batches.rank_batch(step, alone, 0)
+            )
+        return self._references[key]
+
+    def sound(self, case: Case, changes: dict[str, Any] | None = None) -> list[Difference]:
+        """`compare` without a fault, once a case."""
+        key = f"{case} {changes}"
+        if key not in self._sound:
+            self._sound[key] = self.compare(case, changes=changes)
+        return self._sound[key]
+
+    def compare(
+        self,
+        case: Case,
+        run: Callable[..., Trace] = run_layout,
+        *before: Any,
+        changes: dict[str, Any] | None = None,
+    ) -> list[Difference]:
+        """Call `run(*before, recipe's values, scratch folder)` on every rank; the worst comes last."""
+        recipe = case.recipe(self.folder, changes)
+        reference = self.reference(recipe)
+        scratch = self.folder / "swap"
+        layout = run_ranks(run, case.ranks, *before, recipe.model_dump(), scratch)[0]
+        clipped = [norm > case.clip for norm in reference.grad_norms]
+        assert all(clipped) if case.clip == CLIP else not any(clipped)
+        dtype = compute_dtype(resolve(recipe, plan_layout(recipe, 1)))
+        limits = tolerances(dtype, layer_count(recipe))
+        return compare(reference, layout, limits, key_biases(recipe))
+
+
+def write_text(folder: Path) -> Path:
+    """Enough words for every step, the same ones each time."""
+    file = folder / "text.jsonl"
+    if not file.exists():
+        letters = random.Random(0)
+        words = ["".join(letters.choices("abcdefgh", k=letters.randint(2, 7))) for _ in range(60)]
+        lines = [json.dumps({"text": " ".join(letters.choices(words, k=80))}) for _ in range(60)]
+        file.write_text("\n".join(lines))
+    return file

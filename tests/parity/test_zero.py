@@ -1,0 +1,56 @@
+"""Every tiny ZeRO recipe, on 1, 2 and 4 ranks, equals one device without DeepSpeed."""
+
+import itertools
+
+import pytest
+
+from launch.recipe import ROOT
+from tests.parity.cases import CLIP, FAMILIES, NO_CLIP, Case, Workbench
+
+STEMS = sorted(
+    file.stem.removeprefix("gpt_tiny_") for file in (ROOT / "recipes").glob("gpt_tiny_zero*.yaml")
+)
+RANKS, PRECISIONS = (1, 2, 4), ("fp32", "bf16")
+
+
+def cases() -> list[Case]:
+    """All layouts; micro batch, clipping and checkpointing change from one to the next."""
+    found = []
+    for (s, stem), (r, ranks), (p, precision), (f, family) in itertools.product(
+        enumerate(STEMS), enumerate(RANKS), enumerate(PRECISIONS), enumerate(FAMILIES)
+    ):
+        found.append(
+            Case(
+                stem,
+                ranks,
+                precision,
+                family,
+                micro_batch=1 + (f + r + s) % 2,
+                clip=CLIP if (p + r + s) % 2 else NO_CLIP,
+                checkpoint_activations=(s + f) % 2 == 0,
+            )
+        )
+    return found
+
+
+def test_the_tiny_recipes_cover_the_stages_and_offload() -> None:
+    assert {
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero2_offload_cpu",
+        "zero3_offload_cpu",
+        "zero3_offload_nvme",
+    } <= set(STEMS)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_layout_equals_one_device(
+    case: Case, bench: Workbench, request: pytest.FixtureRequest
+) -> None:
+    if "offload" in case.stem:
+        request.getfixturevalue("built_ops")
+    differences = bench.compare(case)
+    assert not [d for d in differences if d.past]
+    assert {d.quantity for d in differences} >= {"loss", "grad norm", "weights"}

@@ -1,0 +1,105 @@
+"""Every recipe made small enough to train here, with its own layout, JSON and precision."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from launch.recipe import ROOT, GPTModel, HFModel, Recipe, load_recipe
+
+STEPS, SEQUENCE, RANKS = 24, 32, 2
+VOCAB = 320  # the byte tokenizer's 257, padded
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_hub_model(folder: Path) -> Path:
+    """A model folder as the Hub would give it, with weights: what `family: hf` downloads."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(QWEN3))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model.save_pretrained(folder)
+    return folder
+
+
+def without_hub(recipe: Recipe, hub_model: Path) -> list[str]:
+    """Overrides that put a local folder in the place of a model on the Hub."""
+    return [f"model.path={hub_model}"] if isinstance(recipe.model, HFModel) else []
+
+
+def shrunken(file: Path, folder: Path, hub_model: Path) -> Recipe:
+    """The recipe with few and narrow layers, local text, few steps, and a batch of 8.
+
+    What stays: family and kind of layers, tied or not, recomputed activations, the JSON with all
+    the recipe's changes to it, and more than one accumulation step where the recipe has them.
+    """
+    recipe = load_recipe(file)
+    accumulates = recipe.train.global_batch_size > RANKS * recipe.train.micro_batch_size
+    overrides = [
+        *without_hub(recipe, hub_model),
+        "data.source=python-stdlib", "data.subset=null", "data.streaming=false",
+        "data.tokenizer=bytes", f"data.sequence_length={SEQUENCE}", "data.held_out=0.02",
+        f"train.steps={STEPS}", "train.global_batch_size=8",
+        f"train.micro_batch_size={2 if accumulates else 4}", "train.compile=false",
+        "train.schedule.warmup_steps=2", "train.eval_every=0", "train.eval_batches=1",
+        "checkpoint.every=0", "run.tensorboard=false", "run.sample_tokens=4",
+        f"run.dir={folder / 'run'}", "deepspeed.optimizer.params.lr=5e-3",
+    ]  # fmt: skip
+    if isinstance(recipe.model, GPTModel):
+        config = recipe.model.gpt_config()
+        overrides += ["model.layers=2", "model.hidden=64", "model.heads=4", f"model.vocab={VOCAB}"]
+        if config.kv_heads != config.heads:
+            overrides += ["model.kv_heads=2"]
+        if config.ffn != 4 * config.hidden:
+            overrides += ["model.ffn=96"]
+    zero = json.loads((ROOT / recipe.deepspeed["config"]).read_text())["zero_optimization"]
+    return load_recipe(file, [*overrides, *_smaller_buffers(zero, folder)])
+
+
+def _smaller_buffers(zero: dict[str, Any], folder: Path) -> list[str]:
+    # Sizes of memory, not of the layout: buckets of gigabytes, and a disk of the test's own.
+    prefix = "deepspeed.zero_optimization"
+    changes = [f"{prefix}.{key}=100000" for key in zero if key.endswith("bucket_size")]
+    for block in ("offload_optimizer", "offload_param"):
+        if zero.get(block, {}).get("device") == "nvme":
+            changes.append(f"{prefix}.{block}.nvme_path={folder / 'nvme'}")
+    return changes
+
+
+def train_recipe(file: Path, folder: Path, hub_model: Path) -> tuple[str, str, str]:
+    """One rank's part of a run through the real entry; names the engine's dtype and optimizers."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import deepspeed
+
+    from launch import train
+
+    seen: list[tuple[str, str, str]] = []
+    initialize = deepspeed.initialize
+
+    def watched(**arguments: object) -> object:
+        result = initialize(**arguments)
+        engine = result[0]
+        dtype = str(next(engine.module.parameters()).dtype)
+        kinds = (type(engine.optimizer).__name__, type(engine.basic_optimizer).__name__)
+        seen.append((dtype, *kinds))
+        return result
+
+    deepspeed.initialize = watched
+    train.train(shrunken(file, folder, hub_model), None)
+    return seen[0]
