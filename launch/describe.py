@@ -1,6 +1,7 @@
 """What a recipe would do, said before anything is computed: `--list` and `--dry-run`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,17 @@ def _layout_name(recipe: Recipe) -> str:
 
 def print_list() -> None:
     """A table of every recipe in recipes/: parameters, layout, hardware."""
-    table = Table("recipe", "parameters", "layout", "what it trains, and on what", box=None)
+    table = Table(box=None)
+    for column in ("recipe", "parameters", "layout"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("hardware")
     for file in sorted((ROOT / "recipes").glob("*.yaml")):
         recipe = load_recipe(file)
-        parameters, _ = model_size(recipe)
-        table.add_row(file.stem, _short(parameters), _layout_name(recipe), header(file)[0])
-    Console().print(table)
+        on_hub = isinstance(recipe.model, HFModel) and not Path(recipe.model.path).exists()
+        size = "on the Hub" if on_hub else _short(model_size(recipe)[0])
+        _what, _, hardware = header(file)[0].partition(". ")
+        table.add_row(file.stem, size, _layout_name(recipe), hardware)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def print_dry_run(recipe: Recipe, world_size: int) -> None:

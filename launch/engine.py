@@ -45,6 +45,15 @@ def training_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     return torch.float32
 
 
+def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """The dtype of the matrix products: as `training_dtype`, or what torch_autocast does them in."""
+    autocast = ds_config.get("torch_autocast") or {}
+    if autocast.get("enabled"):
+        name = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
+        return torch.float16 if name in ("float16", "fp16", "half") else torch.bfloat16
+    return training_dtype(ds_config)
+
+
 @contextmanager
 def _new_parameters(dtype: torch.dtype, device: torch.device | str) -> Iterator[None]:
     # Made in their final dtype and place: a 6.7B model in fp32 would need 27 GB on the way.

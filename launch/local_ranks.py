@@ -15,6 +15,27 @@ from launch.errors import UserError
 # A fresh interpreter a rank: what torch and CUDA have set up in ours must not be inherited.
 CONTEXT = multiprocessing.get_context("spawn")
 SECONDS_TO_LEAVE = 10.0
+RANKS_WITHOUT_GPU = 2
+
+
+def choose_ranks(asked: int | None) -> int:
+    """The number of ranks to start: as asked, else one a GPU, and two where there are no GPUs.
+
+    Raises:
+        UserError: below one, or more ranks than GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    ranks = (gpus or RANKS_WITHOUT_GPU) if asked is None else asked
+    if ranks < 1:
+        raise UserError(f"--ranks: {ranks} is no number of ranks; use 1 or more")
+    if gpus and ranks > gpus:
+        raise UserError(
+            f"--ranks: {ranks} ranks need as many GPUs, and there are {gpus}; lower it, or use the "
+            "CPU: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu"
+        )
+    return ranks
 
 
 def run_local_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
@@ -92,6 +113,8 @@ def _in_child(
     pipe: Connection, environment: dict[str, str], function: Callable[..., None], args: Any
 ) -> None:
     os.environ.update(environment)
+    # DeepSpeed logs to stdout, which is our caller's, who may print JSON there.
+    os.dup2(2, 1)
     with _reporting(pipe):
         function(*args)
     with contextlib.suppress(EOFError, OSError):

@@ -15,7 +15,6 @@ from launch.errors import UserError
 from launch.recipe import HFModel, Recipe, recipe_from_dict
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 
@@ -33,19 +32,6 @@ class Trace:
     weights: dict[str, "Tensor"]
 
 
-def compute_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
-    """The dtype of the matrix products: bf16 also where torch_autocast does them in it."""
-    import torch
-
-    from launch.engine import training_dtype
-
-    autocast = ds_config.get("torch_autocast") or {}
-    if autocast.get("enabled"):
-        name = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
-        return torch.float16 if name in ("float16", "fp16", "half") else torch.bfloat16
-    return training_dtype(ds_config)
-
-
 def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
     """Refuse what one device cannot repeat step for step.
 
@@ -53,6 +39,8 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
         UserError: for fp16, dropout, or another optimizer than AdamW; it names the override to use.
     """
     import torch
+
+    from launch.engine import compute_dtype
 
     if compute_dtype(ds_config) is torch.float16:
         other = (
@@ -124,8 +112,6 @@ def run_reference(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(recipe, training_dtype(ds_config), device)
-    if (ds_config.get("torch_autocast") or {}).get("enabled"):
-        model.forward = torch.autocast(device, compute_dtype(ds_config))(model.forward)
     reference = Reference(model, ds_config, recipe.train)
     steps = [reference.train_step(global_batch(step)) for step in range(recipe.train.steps)]
     weights = zip(canonical_names(model), reference.full_weights().values(), strict=True)

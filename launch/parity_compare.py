@@ -61,7 +61,7 @@ def tolerances(dtype: "torch.dtype", layers: int, compiled: bool = False) -> Tol
     import torch
 
     if dtype is torch.float32:
-        return Tolerances(first_loss=5e-7, loss=2e-6, grad_norm=5e-6, matrices=2e-6, vectors=5e-6)
+        return Tolerances(first_loss=5e-7, loss=2e-6, grad_norm=5e-6, matrices=5e-6, vectors=1e-5)
     unit = GROWTH_A_LAYER**layers * torch.finfo(torch.bfloat16).eps
     loss = unit / 100
     return Tolerances(

@@ -194,6 +194,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             value of the wrong type or range, or a model whose sizes contradict each other.
     """
     path = Path(path)
+    if not path.is_file() and (ROOT / path).is_file():
+        path = ROOT / path  # started from another folder
     if not path.is_file():
         known = {p.stem: p for p in (ROOT / "recipes").glob("*.yaml")}
         raise UserError(f"--config: no recipe file {path};{_nearest(path.stem, known)}")

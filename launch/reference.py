@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.engine import Step, parameter_groups, training_dtype
+from launch.engine import Step, compute_dtype, parameter_groups, training_dtype
 from launch.recipe import Train
 from launch.schedule import learning_rate_factor
 
@@ -18,7 +18,8 @@ class Reference:
     """The training loop of one device. In bf16, fp32 master weights are kept beside the model.
 
     Mixed precision is DeepSpeed's kind (arXiv:1710.03740): the model computes in bf16, gradients
-    are summed and applied in fp32, and the model's weights are the masters, rounded.
+    are summed and applied in fp32, and the model's weights are the masters, rounded. With the JSON's
+    torch_autocast, weights are fp32 and only the matrix products are in bf16.
     """
 
     def __init__(self, model: nn.Module, ds_config: dict[str, Any], train: Train) -> None:
@@ -27,6 +28,11 @@ class Reference:
         self.clip = float(ds_config["gradient_clipping"])
         self.mixed = training_dtype(ds_config) is torch.bfloat16
         self.weights = list(model.parameters())
+        self.autocast = torch.autocast(
+            self.weights[0].device.type,
+            compute_dtype(ds_config),
+            enabled=bool((ds_config.get("torch_autocast") or {}).get("enabled")),
+        )
         self.masters = (
             [nn.Parameter(w.detach().float()) for w in self.weights] if self.mixed else self.weights
         )
@@ -55,7 +61,8 @@ class Reference:
         self.optimizer.zero_grad()
         loss_sum = 0.0
         for sequences in batch.to(device):
-            loss = self.model(sequences[:, :-1], sequences[:, 1:])
+            with self.autocast:
+                loss = self.model(sequences[:, :-1], sequences[:, 1:])
             (loss / len(batch)).backward()
             loss_sum += loss.item()
             if self.mixed:

@@ -172,16 +172,18 @@ def parse_arguments() -> argparse.Namespace:
     """The command line; `--local_rank` is put there by DeepSpeed's launcher."""
     parser = argparse.ArgumentParser(
         description="Train a recipe with DeepSpeed.",
-        epilog="Example: deepspeed --num_gpus 2 launch/train.py --config recipes/gpt_tiny_zero2.yaml "
-        "--set train.steps=30 --set deepspeed.optimizer.params.lr=1e-3",
+        epilog="example:\n  deepspeed --num_gpus 2 launch/train.py "
+        "--config recipes/gpt_tiny_zero2.yaml --set train.steps=30",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="RECIPE", help="a recipe file, recipes/*.yaml")
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
-        help="change one key of the recipe",
+        help="change keys of the recipe; below deepspeed., of its DeepSpeed JSON",
     )
     parser.add_argument(
         "--resume",

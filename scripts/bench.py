@@ -21,9 +21,8 @@ from rich.table import Table
 
 from launch.bench import Speed, as_json, bench
 from launch.errors import UserError, one_line_errors
+from launch.local_ranks import choose_ranks
 from launch.recipe import Recipe, load_recipe
-
-RANKS_WITHOUT_GPU = 2
 
 
 def table(recipe: Recipe, speeds: list[Speed]) -> Table:
@@ -84,16 +83,11 @@ def run(given: argparse.Namespace) -> None:
     Raises:
         UserError: for numbers that make no sense, and as `launch.bench.bench`.
     """
-    import torch
-
-    for name, least in (("ranks", 1), ("steps", 1), ("warmup", 0), ("rounds", 1)):
+    for name, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
         value = getattr(given, name)
-        if value is not None and value < least:
+        if value < least:
             raise UserError(f"--{name}: {value} is too few; use {least} or more")
-    gpus = torch.cuda.device_count()
-    ranks = given.ranks or gpus or RANKS_WITHOUT_GPU
-    if gpus and ranks > gpus:
-        raise UserError(f"--ranks: {ranks} ranks need as many GPUs, and there are {gpus}; lower it")
+    ranks = choose_ranks(given.ranks)
     steps = given.warmup + given.steps
     recipe = load_recipe(given.config, [*given.set, f"train.steps={steps}"])
 

@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from launch.errors import UserError, one_line_errors
+from launch.local_ranks import choose_ranks, run_local_ranks
 from launch.recipe import ROOT, Recipe, load_recipe
 
 EXIT_DIFFERENT = 1
 MOST_STEPS = 10  # rounding grows from step to step, and the tolerances are for this many
-RANKS_WITHOUT_GPU = 2
 
 
 def check(recipe: Recipe, ranks: int, out: Path) -> bool:
@@ -39,11 +39,10 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
 
     from launch.data import Batches, prepare, tokens_needed
     from launch.ds_config import resolve
+    from launch.engine import compute_dtype
     from launch.layout import plan_layout
-    from launch.local_ranks import run_local_ranks
     from launch.parity import (
         check_comparable,
-        compute_dtype,
         read_trace,
         run_reference,
         write_layout_trace,
@@ -83,31 +82,6 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
     return not differences[-1].past
 
 
-def default_ranks() -> int:
-    """One rank a GPU; without GPUs two processes on the CPU."""
-    import torch
-
-    return torch.cuda.device_count() or RANKS_WITHOUT_GPU
-
-
-def check_ranks(ranks: int) -> None:
-    """Refuse a number of ranks that this machine cannot hold.
-
-    Raises:
-        UserError: below one, or more ranks than GPUs.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if ranks < 1:
-        raise UserError(f"--ranks: {ranks} is no number of ranks; use 1 or more")
-    if gpus and ranks > gpus:
-        raise UserError(
-            f"--ranks: {ranks} ranks need as many GPUs, and there are {gpus}; lower it, or compare on "
-            "the CPU: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu"
-        )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and do what it says; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -139,8 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "the tolerances hold for no more"
             )
         recipe = load_recipe(given.config, [*given.set, f"train.steps={given.steps}"])
-        ranks = default_ranks() if given.ranks is None else given.ranks
-        check_ranks(ranks)
+        ranks = choose_ranks(given.ranks)
         out = given.out or ROOT / "runs" / "parity" / recipe.name
         return 0 if check(recipe, ranks, out) else EXIT_DIFFERENT
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from launch.data import Batches, prepare, tokens_needed
 from launch.ds_config import resolve
+from launch.engine import compute_dtype
 from launch.layout import plan_layout
-from launch.parity import Trace, compute_dtype, run_layout, run_reference
+from launch.parity import Trace, run_layout, run_reference
 from launch.parity_compare import Difference, compare, key_biases, layer_count, tolerances
 from launch.recipe import ROOT, Recipe, load_recipe, recipe_from_dict
 from tests.ranks import run_ranks

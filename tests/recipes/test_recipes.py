@@ -10,10 +10,9 @@ import torch
 
 from launch.describe import header, print_dry_run
 from launch.ds_config import resolve
-from launch.engine import build_model
+from launch.engine import build_model, compute_dtype
 from launch.layout import plan_layout
 from launch.metrics import read_metrics
-from launch.parity import compute_dtype
 from launch.recipe import ROOT, GPTModel, HFModel, load_recipe
 from launch.weights import canonical_names
 from models.config import count_parameters
