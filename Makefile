@@ -27,7 +27,7 @@ setup: ## Make .venv with the pinned dependencies
 
 .PHONY: train
 train: setup ## Train RECIPE on RANKS GPUs (CPU processes where there is no GPU); ARGS="--set train.steps=30"
-	@deepspeed --num_gpus $(RANKS) launch/train.py --config $(RECIPE) $(ARGS)
+	@deepspeed --log_level warning --num_gpus $(RANKS) launch/train.py --config $(RECIPE) $(ARGS)
 
 .PHONY: setup-test
 setup-test:

@@ -8,8 +8,6 @@ Each is timed in fresh processes, in turns, so that what slows the machine for a
 """
 
 import json
-import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -126,6 +124,7 @@ def measure_plain(values: dict[str, Any], folder: Path) -> None:
 
     import torch
 
+    from launch.data import Batches, prepare, tokens_needed
     from launch.ds_config import resolve
     from launch.engine import build_model, training_dtype
     from launch.layout import plan_layout
@@ -135,11 +134,22 @@ def measure_plain(values: dict[str, Any], folder: Path) -> None:
     layout = plan_layout(recipe, 1)
     ds_config = resolve(recipe, layout)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
+    train = recipe.train
+    batches = Batches(
+        corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
+    )
     model = build_model(recipe, training_dtype(ds_config), device)
-    if recipe.train.compile:
+    if train.compile:
         model.compile()
-    reference = Reference(model, ds_config, recipe.train)
-    _measure(recipe, 0, 1, device, reference.train_step, folder)
+    reference = Reference(model, ds_config, train)
+    _measure(
+        train.steps,
+        device,
+        lambda step: batches.rank_batch(step, layout, 0),
+        reference.train_step,
+        folder / "rank0000.json",
+    )
 
 
 def measure_layout(values: dict[str, Any], folder: Path) -> None:
@@ -148,62 +158,36 @@ def measure_layout(values: dict[str, Any], folder: Path) -> None:
     Raises:
         UserError: as `launch/train.py`.
     """
-    from launch.distributed import connect, prepare_environment
+    from launch.local_engine import local_engine
 
-    prepare_environment()
+    with local_engine(values, folder) as local:
+        from launch.engine import train_step
 
-    from launch.ds_config import resolve
-    from launch.engine import build_engine, train_step
-    from launch.jit import build_ops, ops_needed, use_private_cache
-    from launch.layout import plan_layout
-    from launch.swap import make_empty, with_own_swap_folder
-
-    use_private_cache()
-    recipe = recipe_from_dict(values)
-    layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
-    ds_config, swap_folders = with_own_swap_folder(resolve(recipe, layout), folder)
-    build_ops(ops_needed(ds_config), print)
-    if os.environ["LOCAL_RANK"] == "0":
-        make_empty(swap_folders)
-    ranks = connect()
-    engine = build_engine(recipe, ds_config, ranks)
-    _measure(
-        recipe,
-        ranks.rank,
-        layout.data,
-        ranks.device,
-        lambda batch: train_step(engine, batch),
-        folder,
-    )
-    for swap_folder in swap_folders if os.environ["LOCAL_RANK"] == "0" else ():
-        shutil.rmtree(swap_folder, ignore_errors=True)
+        _measure(
+            local.recipe.train.steps,
+            local.ranks.device,
+            local.batch,
+            lambda batch: train_step(local.engine, batch),
+            folder / f"rank{local.ranks.rank:04d}.json",
+        )
 
 
 def _measure(
-    recipe: Recipe,
-    rank: int,
-    data_size: int,
+    steps: int,
     device: "torch.device",
+    batch: "Callable[[int], torch.Tensor]",
     step: "Callable[[torch.Tensor], Step]",
-    folder: Path,
+    file: Path,
 ) -> None:
     import torch
 
-    from launch.data import Batches, prepare, tokens_needed
-    from launch.layout import plan_layout
     from launch.metrics import device_peak_tflops, peak_memory_gib
 
-    train = recipe.train
-    layout = plan_layout(recipe, data_size)
-    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
-    batches = Batches(
-        corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
-    )
     seconds, losses = [], []
-    for number in range(train.steps):
-        batch = batches.rank_batch(number, layout, rank)
+    for number in range(steps):
+        rows = batch(number)
         started = time.perf_counter()
-        losses.append(step(batch).loss)
+        losses.append(step(rows).loss)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
@@ -214,4 +198,4 @@ def _measure(
         "peak_tflops": device_peak_tflops(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-    (folder / f"rank{rank:04d}.json").write_text(json.dumps(measured))
+    file.write_text(json.dumps(measured))

@@ -6,6 +6,7 @@ writes. Speeds count the whole run's tokens; memory is rank 0's peak.
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -156,7 +157,8 @@ class Metrics:
 
 
 def _progress_bar(start: int, steps: int) -> Any:
-    if not sys.stderr.isatty():
+    # Some terminals have no size (a bar in them is empty); they get plain lines, as a log does.
+    if not sys.stderr.isatty() or not os.get_terminal_size(sys.stderr.fileno()).columns:
         return None
     from tqdm import tqdm
 

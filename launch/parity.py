@@ -5,14 +5,13 @@ any number of ranks. `launch/parity_compare.py` says how far apart they are, and
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import UserError
-from launch.recipe import HFModel, Recipe, recipe_from_dict
+from launch.recipe import HFModel, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -126,51 +125,21 @@ def run_reference(
 def run_layout(values: dict[str, Any], scratch: Path) -> Trace:
     """The recipe's steps as one rank of a layout; every rank calls it, in a process of its own.
 
-    Args:
-        values: the recipe as plain values, which cross into another process.
-        scratch: names the folder that a run with NVMe offload gets below its `nvme_path`.
-
-    Raises:
-        UserError: as `launch/train.py`.
+    The arguments and errors are those of `launch.local_engine.local_engine`.
     """
-    from launch.distributed import connect, prepare_environment
+    from launch.local_engine import local_engine
 
-    prepare_environment()
+    with local_engine(values, scratch) as local:
+        from launch.engine import train_step
+        from launch.weights import full_weights
 
-    import torch
-
-    from launch.data import Batches, prepare, tokens_needed
-    from launch.ds_config import resolve
-    from launch.engine import build_engine, train_step
-    from launch.jit import build_ops, ops_needed, use_private_cache
-    from launch.layout import plan_layout
-    from launch.swap import make_empty, with_own_swap_folder
-    from launch.weights import full_weights
-
-    use_private_cache()
-    recipe = recipe_from_dict(values)
-    layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
-    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
-    train = recipe.train
-    batches = Batches(
-        corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
-    )
-    ds_config, swap_folders = with_own_swap_folder(resolve(recipe, layout), scratch)
-    build_ops(ops_needed(ds_config), print)
-    if os.environ["LOCAL_RANK"] == "0":
-        make_empty(swap_folders)
-    ranks = connect()
-    engine = build_engine(recipe, ds_config, ranks)
-    steps = [
-        train_step(engine, batches.rank_batch(step, layout, ranks.rank))
-        for step in range(train.steps)
-    ]
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in full_weights(engine):
-        if ranks.first:
-            weights[name] = tensor.to("cpu", copy=True)
-    for folder in swap_folders if ranks.local_rank == 0 else ():
-        shutil.rmtree(folder, ignore_errors=True)
+        steps = [
+            train_step(local.engine, local.batch(step)) for step in range(local.recipe.train.steps)
+        ]
+        weights: dict[str, Tensor] = {}
+        for name, tensor in full_weights(local.engine):
+            if local.ranks.first:
+                weights[name] = tensor.to("cpu", copy=True)
     return Trace(
         [step.loss for step in steps],
         [step.grad_norm for step in steps],

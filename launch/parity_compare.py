@@ -67,8 +67,8 @@ def tolerances(dtype: "torch.dtype", layers: int, compiled: bool = False) -> Tol
     return Tolerances(
         first_loss=loss if compiled else 5e-7,
         loss=loss,
-        grad_norm=unit / 4,
-        matrices=unit,
+        grad_norm=unit / 2,
+        matrices=2 * unit,
         vectors=16 * unit,
     )
 

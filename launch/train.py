@@ -21,8 +21,9 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
+from launch.arguments import add_recipe_arguments
 from launch.console import Stopwatch, say
-from launch.distributed import connect, from_first_rank, prepare_environment
+from launch.distributed import connect, from_first_rank, leave, prepare_environment
 from launch.errors import UserError, one_line_errors
 from launch.layout import plan_layout
 from launch.recipe import Recipe, load_recipe
@@ -99,17 +100,14 @@ def train(recipe: Recipe, resume: str | None) -> None:
     clock.lap("engine")
 
     parameters, flops = model_size(recipe)
+    say(f"{layout.describe()}; {parameters:,} parameters")
+    say(f"start-up: {clock}")
     metrics = None
     if ranks.first:
         metrics = Metrics(run, recipe, done, ranks.world_size, flops, ranks.device)
-    say(f"{layout.describe()}; {parameters:,} parameters")
-    say(f"start-up: {clock}")
 
-    steps, eval_every, save_every = (
-        recipe.train.steps,
-        recipe.train.eval_every,
-        recipe.checkpoint.every,
-    )
+    steps, eval_every = recipe.train.steps, recipe.train.eval_every
+    save_every = recipe.checkpoint.every
     for step in range(done + 1, steps + 1):
         result = train_step(engine, batches.rank_batch(step - 1, layout, ranks.rank))
         check_finite(step, result)
@@ -127,11 +125,11 @@ def train(recipe: Recipe, resume: str | None) -> None:
 
     if done >= steps:
         held_out_loss = evaluate(engine, held_out)
-    finish(recipe, ds_config, engine, run, corpus, ranks, held_out_loss)
     if metrics:
         metrics.close()
-        say(f"loss curve: {run.path / 'loss.png'}")
-        say(f"run folder: {run.path}")
+    finish(recipe, ds_config, engine, run, corpus, ranks, held_out_loss)
+    say(f"loss curve: {run.path / 'loss.png'}")
+    say(f"run folder: {run.path}")
     for folder in swap_folders if ranks.local_rank == 0 else ():
         shutil.rmtree(folder, ignore_errors=True)
     if lock:
@@ -176,15 +174,7 @@ def parse_arguments() -> argparse.Namespace:
         "--config recipes/gpt_tiny_zero2.yaml --set train.steps=30",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="RECIPE", help="a recipe file, recipes/*.yaml")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="change keys of the recipe; below deepspeed., of its DeepSpeed JSON",
-    )
+    add_recipe_arguments(parser, required=False)
     parser.add_argument(
         "--resume",
         metavar="PATH|auto",
@@ -225,6 +215,7 @@ def main() -> None:
             print_dry_run(load_recipe(arguments.config, arguments.set), world_size)
             return
         train(load_recipe(arguments.config, arguments.set), arguments.resume)
+        leave()
 
 
 if __name__ == "__main__":

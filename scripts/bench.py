@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from launch.arguments import add_recipe_arguments
 from launch.bench import Speed, as_json, bench
 from launch.errors import UserError, one_line_errors
 from launch.local_ranks import choose_ranks
@@ -54,7 +55,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's YAML file")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="default: one a GPU, and 2 without GPUs"
     )
@@ -65,14 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--warmup", type=int, default=3, metavar="W", help="steps before those; default: 3"
     )
     parser.add_argument("--rounds", type=int, default=2, metavar="R", help="default: 2")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace values of the recipe, as in launch/train.py",
-    )
+    add_recipe_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from launch.arguments import add_recipe_arguments
 from launch.errors import UserError, one_line_errors
 from launch.local_ranks import choose_ranks, run_local_ranks
 from launch.recipe import ROOT, Recipe, load_recipe
@@ -87,21 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's YAML file")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="default: one a GPU, and 2 without GPUs"
     )
     parser.add_argument(
         "--steps", type=int, default=5, metavar="K", help=f"1 to {MOST_STEPS}, default: 5"
     )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace values of the recipe, as in launch/train.py",
-    )
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="for the picture; default: runs/parity/<recipe>"
     )

@@ -10,6 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not s
 
 import argparse
 
+from launch.arguments import add_recipe_arguments
 from launch.data import prepare, tokens_needed
 from launch.errors import one_line_errors
 from launch.recipe import load_recipe
@@ -18,15 +19,7 @@ from launch.recipe import load_recipe
 def main() -> None:
     """Read the command line, tokenise, and print what there is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's YAML file")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace values of the recipe, as in launch/train.py, for example data.tokenizer=gpt2",
-    )
+    add_recipe_arguments(parser)
     arguments = parser.parse_args()
     with one_line_errors():
         recipe = load_recipe(arguments.config, arguments.set)
