@@ -101,7 +101,7 @@ def leave() -> NoReturn:
     """End this rank, successfully, when all ranks have come here.
 
     Without the interpreter's own end: it takes down threads of gloo and the autograd engine in no
-    certain order, and once in some dozens of runs one aborted there, with everything done and written.
+    certain order, and a run of the tests has aborted there, with everything done and written.
     """
     import torch.distributed as dist
 
