@@ -1,7 +1,6 @@
 """A recipe's engine on one of several local ranks, for the scripts that compare and time it."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +44,7 @@ def local_engine(values: dict[str, Any], scratch: Path) -> Iterator[LocalEngine]
     from launch.engine import build_engine
     from launch.jit import build_ops, ops_needed, use_private_cache
     from launch.layout import plan_layout
-    from launch.swap import make_empty, with_own_swap_folder
+    from launch.swap import make_empty, remove, with_own_swap_folder
 
     use_private_cache()
     recipe = recipe_from_dict(values)
@@ -66,5 +65,5 @@ def local_engine(values: dict[str, Any], scratch: Path) -> Iterator[LocalEngine]
     yield LocalEngine(
         recipe, ranks, engine, lambda step: batches.rank_batch(step, layout, ranks.rank)
     )
-    for folder in swap_folders if ranks.local_rank == 0 else ():
-        shutil.rmtree(folder, ignore_errors=True)
+    if ranks.local_rank == 0:
+        remove(swap_folders)

@@ -1,5 +1,6 @@
 """A folder of its own for what a run swaps to NVMe."""
 
+import contextlib
 import copy
 import hashlib
 import shutil
@@ -41,3 +42,11 @@ def make_empty(folders: list[Path]) -> None:
                 f"zero_optimization: nvme_path {folder.parent} is not writable ({error.strerror}); "
                 "set deepspeed.zero_optimization.offload_optimizer.nvme_path (and offload_param's)"
             ) from None
+
+
+def remove(folders: list[Path]) -> None:
+    """Remove the folders at a run's end, and `nvme_path` with them where nothing else is in it."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()

@@ -18,7 +18,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not l
 import argparse
 import math
 import os
-import shutil
 from typing import TYPE_CHECKING
 
 from launch.arguments import add_recipe_arguments
@@ -64,7 +63,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
     from launch.generators import seed_generators
     from launch.metrics import Metrics, check_trackers
     from launch.run_folder import choose_start, claim, write_settings
-    from launch.swap import make_empty, with_own_swap_folder
+    from launch.swap import make_empty, remove, with_own_swap_folder
 
     check_trackers(recipe)
     ds_config = resolve(recipe, layout)
@@ -130,8 +129,8 @@ def train(recipe: Recipe, resume: str | None) -> None:
     finish(recipe, ds_config, engine, run, corpus, ranks, held_out_loss)
     say(f"loss curve: {run.path / 'loss.png'}")
     say(f"run folder: {run.path}")
-    for folder in swap_folders if ranks.local_rank == 0 else ():
-        shutil.rmtree(folder, ignore_errors=True)
+    if ranks.local_rank == 0:
+        remove(swap_folders)
     if lock:
         lock.release()
 

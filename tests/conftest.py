@@ -30,6 +30,9 @@ use_private_cache()
 _caches = tempfile.TemporaryDirectory(prefix="test-caches-")
 for name in ("HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR"):
     os.environ[name] = str(Path(_caches.name, name.lower()))
+# Launchers leave folders behind, and so does whatever a test kills: theirs goes with this one.
+os.environ["TMPDIR"] = str(Path(_caches.name, "tmp"))
+Path(os.environ["TMPDIR"]).mkdir()
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,10 @@ def test_make_test_holds_each_step(step: str) -> None:
 def test_make_train_sets_up_and_launches_the_recipe() -> None:
     commands = dry_run("train", RECIPE="recipes/x.yaml", RANKS="3", ARGS="--dry-run")
     assert "scripts/setup.sh" in commands
-    assert "deepspeed --num_gpus 3 launch/train.py --config recipes/x.yaml --dry-run" in commands
+    assert (
+        "deepspeed --log_level warning --num_gpus 3 launch/train.py --config recipes/x.yaml --dry-run"
+        in commands
+    )
 
 
 def test_the_default_recipe_exists() -> None:
