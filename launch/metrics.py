@@ -4,6 +4,7 @@ metrics.jsonl is the source; everything else is drawn from it or written beside 
 writes. Speeds count the whole run's tokens; memory is rank 0's peak.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -201,13 +202,10 @@ def check_trackers(recipe: Recipe) -> None:
     Raises:
         UserError: naming the package to install.
     """
-    if recipe.run.wandb:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "run.wandb: wandb is not installed; pip install wandb, or set run.wandb=null"
-            ) from None
+    if recipe.run.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "run.wandb: wandb is not installed; pip install wandb, or set run.wandb=null"
+        )
 
 
 def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
