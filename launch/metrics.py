@@ -4,7 +4,7 @@ metrics.jsonl is the source; everything else is drawn from it or written beside 
 writes. Speeds count the whole run's tokens; memory is rank 0's peak.
 """
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -202,10 +202,13 @@ def check_trackers(recipe: Recipe) -> None:
     Raises:
         UserError: naming the package to install.
     """
-    if recipe.run.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "run.wandb: wandb is not installed; pip install wandb, or set run.wandb=null"
-        )
+    if recipe.run.wandb:
+        try:
+            importlib.import_module("wandb")
+        except ImportError:
+            raise UserError(
+                "run.wandb: wandb is not installed; pip install wandb, or set run.wandb=null"
+            ) from None
 
 
 def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
