@@ -16,6 +16,8 @@ from launch.recipe import HFModel, Recipe
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from launch.engine import Step
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -29,6 +31,16 @@ class Trace:
     grad_norms: list[float]
     learning_rates: list[float]
     weights: dict[str, "Tensor"]
+
+    @classmethod
+    def of(cls, steps: "list[Step]", weights: dict[str, "Tensor"]) -> "Trace":
+        """The trace of a run's steps and of its last weights."""
+        return cls(
+            [step.loss for step in steps],
+            [step.grad_norm for step in steps],
+            [step.learning_rate for step in steps],
+            weights,
+        )
 
 
 def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
@@ -107,19 +119,13 @@ def run_reference(
 
     from launch.engine import build_model, training_dtype
     from launch.reference import Reference
-    from launch.weights import canonical_names
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(recipe, training_dtype(ds_config), device)
     reference = Reference(model, ds_config, recipe.train)
     steps = [reference.train_step(global_batch(step)) for step in range(recipe.train.steps)]
-    weights = zip(canonical_names(model), reference.full_weights().values(), strict=True)
-    return Trace(
-        [step.loss for step in steps],
-        [step.grad_norm for step in steps],
-        [step.learning_rate for step in steps],
-        {name: tensor.cpu() for name, tensor in weights},
-    )
+    weights = {name: tensor.cpu() for name, tensor in reference.full_weights().items()}
+    return Trace.of(steps, weights)
 
 
 def run_layout(values: dict[str, Any], scratch: Path) -> Trace:
@@ -140,12 +146,7 @@ def run_layout(values: dict[str, Any], scratch: Path) -> Trace:
         for name, tensor in full_weights(local.engine):
             if local.ranks.first:
                 weights[name] = tensor.to("cpu", copy=True)
-    return Trace(
-        [step.loss for step in steps],
-        [step.grad_norm for step in steps],
-        [step.learning_rate for step in steps],
-        weights,
-    )
+    return Trace.of(steps, weights)
 
 
 def write_layout_trace(values: dict[str, Any], file: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from launch.engine import Step, compute_dtype, parameter_groups, training_dtype
 from launch.recipe import Train
 from launch.schedule import learning_rate_factor
+from launch.weights import canonical_names
 
 
 class Reference:
@@ -89,5 +90,5 @@ class Reference:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every parameter by its canonical name, in fp32, tied ones once."""
-        names = [name for name, _ in self.model.named_parameters()]
+        names = canonical_names(self.model)
         return {n: m.detach().float() for n, m in zip(names, self.masters, strict=True)}

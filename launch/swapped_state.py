@@ -2,8 +2,9 @@
 
 Its own checkpoint of a run with an NVMe optimizer is a copy of the swap files. On loading, a new
 engine knows only the weights among them: Adam's moments, its step count, the learning rate and every
-sub-group that is too small to be swapped stay those of step 0. With weights alone on NVMe, loading
-fails. Here each sub-group is read back, one at a time, and written to a file of its own.
+sub-group that is too small to be swapped stay those of step 0. With weights alone on NVMe, its source
+has nothing to load them with. Here each sub-group is read back, one at a time, and written to a file
+of its own.
 """
 
 from collections.abc import Iterator

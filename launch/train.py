@@ -25,7 +25,7 @@ from launch.console import Stopwatch, say
 from launch.distributed import connect, from_first_rank, leave, prepare_environment
 from launch.errors import UserError, one_line_errors
 from launch.layout import plan_layout
-from launch.recipe import Recipe, load_recipe
+from launch.recipe import GPTModel, Recipe, load_recipe
 from launch.watch import tell_of_signals
 
 if TYPE_CHECKING:
@@ -141,11 +141,13 @@ def check_vocabulary(recipe: Recipe, corpus: "Corpus") -> None:
     Raises:
         UserError: naming both sizes.
     """
-    vocab = getattr(recipe.model, "gpt_config", lambda: None)()
-    if vocab is not None and corpus.tokenizer.vocab_size > vocab.vocab:
+    if not isinstance(recipe.model, GPTModel):
+        return
+    vocab = recipe.model.gpt_config().vocab
+    if corpus.tokenizer.vocab_size > vocab:
         raise UserError(
             f"data.tokenizer: {recipe.data.tokenizer} has {corpus.tokenizer.vocab_size} tokens, and the "
-            f"model's vocabulary is {vocab.vocab}; set model.vocab to at least the former"
+            f"model's vocabulary is {vocab}; set model.vocab to at least the former"
         )
 
 

@@ -189,7 +189,7 @@ def _in_child(
     watch = threading.Thread(target=_until_told_to_leave, args=(pipe,), daemon=True)
     watch.start()
     # Kept open until the process ends: the handler below writes into it.
-    stack = Path(dump).open("w")  # noqa: SIM115
+    stack = os.open(dump, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
