@@ -22,7 +22,7 @@ from launch.recipe import Recipe, recipe_from_dict
 if TYPE_CHECKING:
     import torch
 
-    from launch.engine import Step
+    from launch.step import Step
 
 PLAIN, LAYOUT = "plain loop", "layout"
 
@@ -124,13 +124,13 @@ def measure_plain(values: dict[str, Any], folder: Path) -> None:
 
     import torch
 
+    from launch.build import build_model, training_dtype
     from launch.data import Batches, prepare, tokens_needed
     from launch.ds_config import resolve
-    from launch.engine import build_model, training_dtype
     from launch.layout import plan_layout
     from launch.reference import Reference
 
-    recipe = recipe_from_dict(values)
+    recipe = recipe_from_dict(values).on_one_device()
     layout = plan_layout(recipe, 1)
     ds_config = resolve(recipe, layout)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,7 +161,7 @@ def measure_layout(values: dict[str, Any], folder: Path) -> None:
     from launch.local_engine import local_engine
 
     with local_engine(values, folder) as local:
-        from launch.engine import train_step
+        from launch.step import train_step
 
         _measure(
             local.recipe.train.steps,

@@ -27,7 +27,7 @@ def model_size(recipe: Recipe) -> tuple[int, float]:
         return count_parameters(config), flops_per_token(config, sequence)
     import torch
 
-    from launch.engine import build_model
+    from launch.build import build_model
     from launch.weights import canonical_names
 
     model: Any = build_model(recipe, torch.float32, "meta")

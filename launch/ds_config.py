@@ -15,6 +15,7 @@ from launch.ds_finding import Finding, nearest
 from launch.ds_lint import lint
 from launch.errors import UserError
 from launch.layout import Layout
+from launch.parallel_rules import check_composition
 from launch.recipe import ROOT, Recipe
 
 _OWNED_BY_RECIPE = {
@@ -116,6 +117,12 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     config["gradient_accumulation_steps"] = layout.accumulation
     config["train_batch_size"] = layout.data * layout.accumulation * layout.micro_batch
     config["steps_per_print"] = _NEVER_PRINT
+    check_composition(recipe, config, layout)
+    if layout.pipeline > 1 and recipe.parallel.sequence:
+        # DeepSpeed cuts what tensor ranks send to the next stage; here it is cut already.
+        config["pipeline"] = {
+            **config.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False
+        }  # fmt: skip
     errors = [finding for finding in _lint(config, layout) if finding.level == "error"]
     if errors:
         lines = [_with_place(finding, path, recipe.name, overrides) for finding in errors]

@@ -1,9 +1,5 @@
-"""From a recipe to a DeepSpeed engine, and one training step on it."""
+"""From a recipe to a DeepSpeed engine, whatever its layout."""
 
-import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -11,135 +7,49 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from torch import Tensor, nn
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from launch.build import (
+    build_model,
+    build_partitioned,
+    build_pipeline,
+    parameter_groups,
+    training_dtype,
+    zero_stage,
+)
 from launch.distributed import Ranks
-from launch.errors import UserError
-from launch.recipe import HFModel, Recipe
+from launch.layout import Layout
+from launch.recipe import GPTModel, Recipe
 from launch.schedule import learning_rate_factor
-from models.gpt import GPT, initialize
+from models.gpt import Block
+from models.pipeline import GPTPipeline
+from models.schedules import use_schedule
+from models.topology import Grid, Topology
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step reports: means over the global batch, the norm before clipping."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    skipped: bool = False
+def make_topology(recipe: Recipe, layout: Layout) -> Topology:
+    """All process groups of a layout. A collective: every rank makes every group."""
+    sharing = 1
+    if isinstance(recipe.model, GPTModel):
+        sharing = max(1, layout.tensor // recipe.model.gpt_config().kv_heads)
+    return Topology(Grid(layout.tensor, layout.pipeline, layout.data), sharing)
 
 
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for."""
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
-
-
-def training_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """The dtype of forward and backward that a DeepSpeed configuration asks for."""
-    if ds_config.get("bf16", {}).get("enabled", False):
-        return torch.bfloat16
-    if ds_config.get("fp16", {}).get("enabled", False):
-        return torch.float16
-    return torch.float32
-
-
-def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """The dtype of the matrix products: as `training_dtype`, or what torch_autocast does them in."""
-    autocast = ds_config.get("torch_autocast") or {}
-    if autocast.get("enabled"):
-        name = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
-        return torch.float16 if name in ("float16", "fp16", "half") else torch.bfloat16
-    return training_dtype(ds_config)
-
-
-@contextmanager
-def _new_parameters(dtype: torch.dtype, device: torch.device | str) -> Iterator[None]:
-    # Made in their final dtype and place: a 6.7B model in fp32 would need 27 GB on the way.
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def build_model(recipe: Recipe, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """The recipe's model with its first weights, whole, on one device ("meta": shapes only).
-
-    Raises:
-        UserError: where a `family: hf` model cannot be found, read or changed as asked.
-    """
-    spec = recipe.model
-    if isinstance(spec, HFModel):
-        return _build_hf(spec, recipe.train.seed, dtype, device)
-    with _new_parameters(dtype, device):
-        model = GPT(spec.gpt_config(), spec.checkpoint_activations)
-    if torch.device(device).type != "meta":
-        initialize(model, recipe.train.seed)
-    return model
-
-
-def _build_hf(
-    spec: HFModel, seed: int, dtype: torch.dtype, device: torch.device | str
-) -> nn.Module:
-    from models.hf import HFCausalLM, from_config, from_pretrained, read_config
-
-    try:
-        config = read_config(spec.path, spec.changes)
-        meta = torch.device(device).type == "meta"
-        if spec.pretrained and not meta:
-            model = from_pretrained(spec.path, config).to(device=device, dtype=dtype)
-        else:
-            # On the CPU whatever the device: its generator gives every rank and the reference the
-            # same numbers.
-            torch.manual_seed(seed)
-            with _new_parameters(torch.float32, "meta" if meta else "cpu"):
-                model = from_config(config)
-            model = model.to(device=device, dtype=dtype)
-        return HFCausalLM(model, spec.checkpoint_activations)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: {spec.path} is not usable: {reason}") from None
-
-
-def build_partitioned_model(recipe: Recipe, ds_config: dict[str, Any]) -> nn.Module:
-    """A GPT that is never whole on a rank: ZeRO-3 cuts each parameter as its layer is made."""
-    spec = recipe.model
-    assert not isinstance(spec, HFModel)
-
-    def gather(parameter: nn.Parameter) -> AbstractContextManager[object]:
-        whole: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
-            [parameter], modifier_rank=0
-        )
-        return whole
-
-    with deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = GPT(spec.gpt_config(), spec.checkpoint_activations)
-    initialize(model, recipe.train.seed, gather)
-    return model
-
-
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices, which decay with the JSON's weight_decay, and vectors (norms, biases), which do not."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        whole_shape = getattr(parameter, "ds_shape", parameter.shape)
-        (matrices if len(whole_shape) >= 2 else vectors).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def build_engine(recipe: Recipe, ds_config: dict[str, Any], ranks: Ranks) -> DeepSpeedEngine:
-    """The recipe's model on DeepSpeed's engine, ready for `train_step`."""
-    if zero_stage(ds_config) == 3 and not isinstance(recipe.model, HFModel):
-        model = build_partitioned_model(recipe, ds_config)
-    else:
-        model = build_model(recipe, training_dtype(ds_config), ranks.device)
+def build_engine(
+    recipe: Recipe, ds_config: dict[str, Any], ranks: Ranks, topology: Topology
+) -> DeepSpeedEngine:
+    """The recipe's model on DeepSpeed's engine, ready for `launch/step.py`."""
+    dtype, tp = training_dtype(ds_config), topology.tensor_parallel(recipe.parallel.sequence)
     train = recipe.train
+    if topology.grid.pipeline > 1:
+        model: nn.Module = build_pipeline(recipe, dtype, ranks.device, topology, tp)
+    elif zero_stage(ds_config) == 3 and isinstance(recipe.model, GPTModel):
+        model = build_partitioned(recipe, ds_config, topology, tp)
+    else:
+        model = build_model(recipe, dtype, ranks.device, tp)
 
     def schedule(optimizer: torch.optim.Optimizer) -> LambdaLR:
         return LambdaLR(
@@ -152,11 +62,28 @@ def build_engine(recipe: Recipe, ds_config: dict[str, Any], ranks: Ranks) -> Dee
         config=ds_config,
         lr_scheduler=schedule,
         dist_init_required=False,
+        # A PipelineModule brings its own.
+        mpu=topology if tp.size > 1 and not isinstance(model, GPTPipeline) else None,
     )[0]
     _undo_step_taken_at_construction(engine)
+    if isinstance(engine, PipelineEngine):
+        use_schedule(engine, recipe.parallel.schedule)
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        _count_each_parameter_once(engine, topology)
+        _keep_norm(engine)
     if train.compile:
-        engine.compile()
+        _compile(engine)
     return engine
+
+
+def _compile(engine: DeepSpeedEngine) -> None:
+    if not isinstance(engine, PipelineEngine):
+        engine.compile()
+        return
+    # What lies between the blocks of a stage is messages.
+    for module in engine.module.modules():
+        if isinstance(module, Block):
+            module.compile()
 
 
 def _undo_step_taken_at_construction(engine: DeepSpeedEngine) -> None:
@@ -176,54 +103,39 @@ def _undo_step_taken_at_construction(engine: DeepSpeedEngine) -> None:
                 master.copy_(weight)
 
 
-def train_step(engine: DeepSpeedEngine, batch: Tensor) -> Step:
-    """One optimizer step on this rank's part of a global batch.
+def _count_each_parameter_once(engine: DeepSpeedEngine, topology: Topology) -> None:
+    """Make the marks say which ranks' gradients make up the norm, at stage 0.
 
-    `batch` is `[accumulation, micro_batch, sequence + 1]`: each row's tokens predict the same row
-    one place on. DeepSpeed divides each micro batch's loss by the accumulation steps, and averages
-    the gradients over the data parallel ranks.
+    DeepSpeed 0.19.8 clips there with a function that knows two cases: a marked parameter counts on
+    every rank, any other on the first rank of the model alone. Under pipeline parallelism that leaves
+    out the norms and biases of every stage but the first, and counts a tied weight twice.
     """
-    batch = batch.to(engine.device)
-    learning_rate = float(engine.get_lr()[0])
-    loss_sum = torch.zeros((), device=engine.device)
-    norm = None
-    for sequences in batch:
-        loss = engine(sequences[:, :-1], sequences[:, 1:])
-        loss_sum += loss.detach()
-        engine.backward(loss)
-        if (
-            isinstance(engine.optimizer, torch.optim.Optimizer)
-            and engine.is_gradient_accumulation_boundary()
-        ):
-            # Stage 0 in fp32 runs torch's optimizer bare, and DeepSpeed keeps no norm of it.
-            norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in engine.module.parameters() if p.grad is not None]
-            )
-        engine.step()
-    loss_sum /= len(batch)
-    dist.all_reduce(loss_sum, group=engine.data_parallel_group)
-    if norm is None:
-        norm = engine.get_global_grad_norm()
-    return Step(
-        loss=loss_sum.item() / dist.get_world_size(engine.data_parallel_group),
-        grad_norm=math.nan if norm is None else float(norm),
-        learning_rate=learning_rate,
-        skipped=not engine.was_step_applied(),
-    )
+    for parameter in engine.module.parameters():
+        shard = getattr(parameter, "tensor_model_parallel", False)
+        copy = getattr(parameter, "ds_pipe_replicated", False)
+        parameter.tensor_model_parallel = (shard or topology.tensor_rank == 0) and not copy
 
 
-@torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, share: list[tuple[Tensor, int]]) -> float:
-    """Mean loss per token over all ranks' held-out sequences, as shared out by `held_out_share`.
+def _keep_norm(engine: DeepSpeedEngine) -> None:
+    """At stage 0 in fp32 DeepSpeed steps with torch's optimizer and keeps no gradient norm: do so."""
+    take_model_step = engine._take_model_step
 
-    `share` holds micro batches `[n, sequence + 1]` with the number of their rows that count.
-    """
-    engine.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for rows, counted in share:
-        sequences = rows.to(engine.device)
-        loss = engine(sequences[:, :-1], sequences[:, 1:])
-        totals += torch.tensor([loss.item() * counted, counted], device=engine.device)
-    dist.all_reduce(totals, group=engine.data_parallel_group)
-    engine.train()
-    return float(totals[0] / totals[1])
+    def with_norm(*arguments: Any) -> None:
+        engine._global_grad_norm = _grad_norm(engine)
+        take_model_step(*arguments)
+
+    engine._take_model_step = with_norm
+
+
+def _grad_norm(engine: DeepSpeedEngine) -> float:
+    mpu = engine.mpu
+    first = mpu is None or mpu.get_model_parallel_rank() == 0
+    counted = [
+        parameter.grad
+        for parameter in engine.module.parameters()
+        if parameter.grad is not None and (first or is_model_parallel_parameter(parameter))
+    ]
+    square = torch.nn.utils.get_total_norm(counted).to(engine.device).square()
+    if mpu is not None:
+        dist.all_reduce(square, group=mpu.get_model_parallel_group())
+    return float(square.sqrt())

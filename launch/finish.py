@@ -3,17 +3,16 @@
 import json
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from launch.build import training_dtype
 from launch.console import say
 from launch.data import Corpus
 from launch.distributed import Ranks
-from launch.engine import training_dtype
 from launch.recipe import Recipe
 from launch.run_folder import RunFolder
 from launch.sampling import sample
+from launch.step import next_token_logits
 from launch.weights import save_weights
 
 
@@ -41,18 +40,12 @@ def finish(
 
 
 def _sample(recipe: Recipe, engine: DeepSpeedEngine, corpus: Corpus, ranks: Ranks) -> str:
-    def logits(tokens: torch.Tensor) -> torch.Tensor:
-        # Under ZeRO-3 each forward pass is a collective: every rank has to sample the same.
-        scores: torch.Tensor = engine(tokens).contiguous()
-        dist.broadcast(scores, 0)
-        return scores
-
-    engine.eval()
+    context = recipe.data.sequence_length
     return sample(
-        logits,
+        lambda tokens: next_token_logits(engine, tokens, context),
         corpus.tokenizer,
         recipe.run.sample_prompt,
         recipe.run.sample_tokens,
-        recipe.data.sequence_length,
+        context,
         ranks.device,
     )

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 
 
-def seed_generators(seed: int, rank: int) -> None:
-    """Start every generator of this rank, apart from the other ranks'.
+def seed_generators(seed: int, stage: int, data_rank: int) -> None:
+    """Start every generator of this rank, apart from those of other stages and data parallel ranks.
+
+    The ranks of a tensor group start alike: `models/tp_random.py` says why.
 
     Call it when the model is built: what that draws differs between ZeRO stages.
     """
-    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    mixed = int(np.random.SeedSequence([seed, stage, data_rank]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)  # of the GPU too

@@ -41,7 +41,7 @@ def local_engine(values: dict[str, Any], scratch: Path) -> Iterator[LocalEngine]
 
     from launch.data import Batches, prepare, tokens_needed
     from launch.ds_config import resolve
-    from launch.engine import build_engine
+    from launch.engine import build_engine, make_topology
     from launch.jit import build_ops, ops_needed, use_private_cache
     from launch.layout import plan_layout
     from launch.swap import make_empty, remove, with_own_swap_folder
@@ -61,9 +61,10 @@ def local_engine(values: dict[str, Any], scratch: Path) -> Iterator[LocalEngine]
     if os.environ["LOCAL_RANK"] == "0":
         make_empty(swap_folders)
     ranks = connect()
-    engine = build_engine(recipe, ds_config, ranks)
+    topology = make_topology(recipe, layout)
+    engine = build_engine(recipe, ds_config, ranks, topology)
     yield LocalEngine(
-        recipe, ranks, engine, lambda step: batches.rank_batch(step, layout, ranks.rank)
+        recipe, ranks, engine, lambda step: batches.rank_batch(step, layout, topology.data_rank)
     )
     if ranks.local_rank == 0:
         remove(swap_folders)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from launch.engine import Step
 from launch.errors import UserError
 from launch.recipe import Recipe
 from launch.run_folder import RunFolder
+from launch.step import Step
 
 # Dense bf16 (or fp16) peaks in TFLOP/s, from the vendors' data sheets; the SXM variants, where a
 # name has several. A device that is not here gets no MFU rather than a guess.

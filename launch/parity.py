@@ -16,7 +16,7 @@ from launch.recipe import HFModel, Recipe
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from launch.engine import Step
+    from launch.step import Step
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
     """
     import torch
 
-    from launch.engine import compute_dtype
+    from launch.build import compute_dtype
 
     if compute_dtype(ds_config) is torch.float16:
         other = (
@@ -100,7 +100,7 @@ def meta_model(recipe: Recipe) -> "nn.Module":
     """The recipe's model without numbers, for names and shapes."""
     import torch
 
-    from launch.engine import build_model
+    from launch.build import build_model
 
     return build_model(recipe, torch.float32, "meta")
 
@@ -117,7 +117,7 @@ def run_reference(
     """
     import torch
 
-    from launch.engine import build_model, training_dtype
+    from launch.build import build_model, training_dtype
     from launch.reference import Reference
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,7 +136,7 @@ def run_layout(values: dict[str, Any], scratch: Path) -> Trace:
     from launch.local_engine import local_engine
 
     with local_engine(values, scratch) as local:
-        from launch.engine import train_step
+        from launch.step import train_step
         from launch.weights import full_weights
 
         steps = [

@@ -45,7 +45,7 @@ class Difference:
         return not self.share <= 1.0
 
 
-def tolerances(dtype: "torch.dtype", layers: int, compiled: bool = False) -> Tolerances:
+def tolerances(dtype: "torch.dtype", layers: int, rounds_elsewhere: bool = False) -> Tolerances:
     """The bounds for a model of `layers` blocks that computes in `dtype`.
 
     fp32: sums are taken in another order, which moves the last digits; the depth does not show.
@@ -56,7 +56,8 @@ def tolerances(dtype: "torch.dtype", layers: int, compiled: bool = False) -> Tol
     fp32.
 
     Before the first step nothing but the forward pass has had a part in the loss; it is the same
-    computation on both sides unless the layout's model is `compiled`, which rounds elsewhere.
+    computation on both sides unless the layout's forward pass `rounds_elsewhere`: a compiled model,
+    or tensor ranks that each round their part of a sum to bf16.
     """
     import torch
 
@@ -65,12 +66,18 @@ def tolerances(dtype: "torch.dtype", layers: int, compiled: bool = False) -> Tol
     unit = GROWTH_A_LAYER**layers * torch.finfo(torch.bfloat16).eps
     loss = unit / 100
     return Tolerances(
-        first_loss=loss if compiled else 5e-7,
+        first_loss=loss if rounds_elsewhere else 5e-7,
         loss=loss,
         grad_norm=unit / 2,
         matrices=2 * unit,
         vectors=16 * unit,
     )
+
+
+def tolerances_of(recipe: Recipe, dtype: "torch.dtype") -> Tolerances:
+    """The bounds for a recipe's layout that computes in `dtype`."""
+    elsewhere = recipe.train.compile or recipe.parallel.tensor > 1
+    return tolerances(dtype, layer_count(recipe), elsewhere)
 
 
 def layer_count(recipe: Recipe) -> int:

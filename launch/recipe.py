@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from yaml import YAMLError
 
 from launch.errors import UserError
+from launch.parallel_rules import check_parallel
 from models.config import SIZES, GPTConfig, with_changes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,10 +102,18 @@ class Data(_Block):
 
 
 class Parallel(_Block):
-    """Degrees of model parallelism; the data parallel size is what remains of the ranks."""
+    """Degrees of model parallelism; the data parallel size is what remains of the ranks.
+
+    `sequence` is Megatron's sequence parallelism, over the tensor ranks. `schedule` orders the
+    passes of a pipeline (`models/schedules.py`), and `partition` says where its layers are cut:
+    parameters, uniform or type:REGEX (`models/pipeline.py`).
+    """
 
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    sequence: bool = False
+    schedule: Literal["1f1b", "gpipe", "naive"] = "1f1b"
+    partition: str = "parameters"
 
 
 class Schedule(_Block):
@@ -170,11 +179,6 @@ class Recipe(_Block):
         Raises:
             UserError: naming the key and what to do.
         """
-        if self.parallel.tensor > 1 or self.parallel.pipeline > 1:
-            raise UserError(
-                "parallel: tensor and pipeline sizes above 1 are not built yet; "
-                "use 1 and a ds_configs/zero3*.json, which also cuts the model over the ranks"
-            )
         if not isinstance(self.deepspeed.get("config"), str):
             raise UserError("deepspeed.config: name a JSON file, for example ds_configs/zero1.json")
         if isinstance(self.model, GPTModel):
@@ -184,6 +188,11 @@ class Recipe(_Block):
                     f"data.sequence_length: {self.data.sequence_length} is more than the model's "
                     f"context of {context}; lower it, or raise model.context"
                 )
+        check_parallel(self)
+
+    def on_one_device(self) -> "Recipe":
+        """The same training without model parallelism, for the reference."""
+        return self.model_copy(update={"parallel": Parallel()})
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

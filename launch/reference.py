@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.engine import Step, compute_dtype, parameter_groups, training_dtype
+from launch.build import compute_dtype, parameter_groups, training_dtype
 from launch.recipe import Train
 from launch.schedule import learning_rate_factor
+from launch.step import Step
 from launch.weights import canonical_names
 
 

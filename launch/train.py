@@ -30,7 +30,7 @@ from launch.watch import tell_of_signals
 
 if TYPE_CHECKING:
     from launch.data import Corpus
-    from launch.engine import Step
+    from launch.step import Step
 
 
 def train(recipe: Recipe, resume: str | None) -> None:
@@ -58,11 +58,12 @@ def train(recipe: Recipe, resume: str | None) -> None:
 
     from launch import checkpoint
     from launch.ds_config import resolve
-    from launch.engine import build_engine, evaluate, train_step
+    from launch.engine import build_engine, make_topology
     from launch.finish import finish
     from launch.generators import seed_generators
     from launch.metrics import Metrics, check_trackers
     from launch.run_folder import choose_start, claim, write_settings
+    from launch.step import evaluate, train_step
     from launch.swap import make_empty, remove, with_own_swap_folder
 
     check_trackers(recipe)
@@ -70,6 +71,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
     clock.lap("imports")
     build_ops(ops_needed(ds_config), say)
     ranks = connect()
+    topology = make_topology(recipe, layout)
     clock.lap("process group")
 
     start = from_first_rank(ranks, lambda: choose_start(recipe, resume))
@@ -89,11 +91,11 @@ def train(recipe: Recipe, resume: str | None) -> None:
         recipe.data.sequence_length,
         recipe.train.eval_batches * recipe.train.global_batch_size,
         recipe.train.micro_batch_size,
-        ranks.rank,
+        topology.data_rank,
         layout.data,
     )
-    engine = build_engine(recipe, ds_config, ranks)
-    seed_generators(recipe.train.seed, ranks.rank)
+    engine = build_engine(recipe, ds_config, ranks, topology)
+    seed_generators(recipe.train.seed, topology.stage, topology.data_rank)
     if start.checkpoint:
         checkpoint.load(engine, start.checkpoint, ranks)
     clock.lap("engine")
@@ -108,7 +110,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
     steps, eval_every = recipe.train.steps, recipe.train.eval_every
     save_every = recipe.checkpoint.every
     for step in range(done + 1, steps + 1):
-        result = train_step(engine, batches.rank_batch(step - 1, layout, ranks.rank))
+        result = train_step(engine, batches.rank_batch(step - 1, layout, topology.data_rank))
         check_finite(step, result)
         if metrics:
             metrics.log(step, result)

@@ -129,8 +129,11 @@ def with_changes(config: GPTConfig, changes: dict[str, Any]) -> GPTConfig:
     return replace(config, **{**resets, **changes})
 
 
-def count_parameters(config: GPTConfig) -> int:
-    """Number of trainable parameters, tied weights counted once."""
+def parameters_by_layer(config: GPTConfig) -> list[tuple[str, int]]:
+    """The model as a chain of layers, each with its number of parameters, as pipelines cut it.
+
+    A tied output is a layer of its own here, with the parameters of the embedding that it uses.
+    """
     c = config
     norm = c.hidden * (2 if c.norm == "layernorm" else 1)
     query, key_value = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -139,9 +142,16 @@ def count_parameters(config: GPTConfig) -> int:
     matrices += c.hidden * first_mlp + c.ffn * c.hidden  # mlp
     biases = (query + 2 * key_value) + c.hidden + first_mlp + c.hidden if c.bias else 0
     block = matrices + biases + 2 * norm + (2 * c.head_dim if c.qk_norm else 0)
-    embeddings = c.vocab * c.hidden * (1 if c.tied else 2)
     positions = c.context * c.hidden if c.position == "learned" else 0
-    return c.layers * block + embeddings + positions + norm
+    chain = [("token", c.vocab * c.hidden), ("position", positions)]
+    chain += [("block", block)] * c.layers
+    return [*chain, ("norm", norm), ("output", c.vocab * c.hidden)]
+
+
+def count_parameters(config: GPTConfig) -> int:
+    """Number of trainable parameters, tied weights counted once."""
+    twice = config.vocab * config.hidden if config.tied else 0
+    return sum(size for _, size in parameters_by_layer(config)) - twice
 
 
 def flops_per_token(config: GPTConfig, sequence_length: int) -> float:

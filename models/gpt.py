@@ -1,16 +1,15 @@
-"""One decoder for GPT-2 and for the Llama and Qwen line. Nothing here knows of ranks.
+"""One decoder for GPT-2 and for the Llama and Qwen line, on one device or cut over tensor ranks.
 
-Read from top to bottom: position, attention, MLP, block, model, first weights. Shapes are written
-as `[batch, sequence, hidden]`; `heads * head_dim` is called the query width.
+Read from top to bottom: position, norms, attention, MLP, block, model. Shapes are
+written as `[batch, sequence, hidden]`; `heads * head_dim` is called the query width.
+
+With the default `tp` (one rank) every layer is torch's own, and this is the reference for all layouts.
+With more, the two linear pairs of a block are column- and row-parallel (`models/tp_layers.py`), and
+what a rank holds is a shard; `heads`, `ffn` and `vocab` below are then this rank's part of them.
 
 Parameter names are the canonical names of checkpoints, weights files and parity tables, in every
 layout. Matrices follow torch: `[out, in]`.
 """
-
-import hashlib
-import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import GPTConfig
+from models.topology import ONE_RANK, TensorParallel
+from models.tp_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from models.tp_ops import (
+    Group,
+    all_gather,
+    copy_to_group,
+    gather_from_group,
+    scatter_to_group,
+    vocab_parallel_cross_entropy,
+)
+from models.tp_random import dropout, own_generator
 
 
 def rotary_table(config: GPTConfig, sequence: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -43,51 +53,93 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def make_norm(config: GPTConfig, width: int) -> nn.Module:
-    """LayerNorm, or RMSNorm (arXiv:1910.07467), over the last dimension of size `width`."""
-    kind = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
-    return kind(width, eps=config.norm_eps)
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm; over `group`, each rank norms other tokens or heads with the same weights."""
+
+    def __init__(self, width: int, eps: float, group: Group) -> None:
+        super().__init__(width, eps)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width]` to the same shape. The gradients of the weights are sums over the ranks."""
+        weight, bias = (copy_to_group(p, self.group) for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm (arXiv:1910.07467), as `LayerNorm` above."""
+
+    def __init__(self, width: int, eps: float, group: Group) -> None:
+        super().__init__(width, eps)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width]` to the same shape."""
+        return F.rms_norm(
+            x, self.normalized_shape, copy_to_group(self.weight, self.group), self.eps
+        )
+
+
+def norm_class(config: GPTConfig) -> type[LayerNorm] | type[RMSNorm]:
+    """The config's norm."""
+    return LayerNorm if config.norm == "layernorm" else RMSNorm
+
+
+def make_norm(config: GPTConfig, tp: TensorParallel) -> nn.Module:
+    """The config's norm of the residual stream, which sequence parallelism cuts along the tokens."""
+    return norm_class(config)(config.hidden, config.norm_eps, tp.sequence_group)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (arXiv:2305.13245).
+    """Causal self-attention with grouped key/value heads (arXiv:2305.13245), cut by heads.
 
-    `qkv` holds the rows of all query heads, then all key heads, then all value heads.
+    `qkv` holds the rows of all query heads, then all key heads, then all value heads; on a rank, those
+    of its own heads in the same order. Where there are fewer key/value heads than ranks, the rows of a
+    head are cut over the ranks that share it, and its keys and values are gathered: every rank has the
+    whole head to attend to, and no weight is there twice.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.dropout = config.dropout
-        self.widths = [
-            n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)
-        ]
-        self.qkv = nn.Linear(config.hidden, sum(self.widths), bias=config.bias)
-        self.out = nn.Linear(self.widths[0], config.hidden, bias=config.bias)
+        self.tp = tp
+        widths = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
+        self.widths = [width // tp.size for width in widths]
+        self.qkv = ColumnParallelLinear(
+            config.hidden, widths, config.bias, tp.group, tp.sequence_parallel
+        )
+        self.out = RowParallelLinear(
+            widths[0], config.hidden, config.bias, tp.group, tp.sequence_parallel
+        )
         if config.qk_norm:
-            self.query_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.key_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.query_norm = RMSNorm(config.head_dim, config.norm_eps, tp.group)
+            self.key_norm = RMSNorm(config.head_dim, config.norm_eps, tp.group)
         self.qk_norm = config.qk_norm
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
         """`[batch, sequence, hidden]` to the same shape. `table` is None without RoPE."""
+        query, key, value = self.qkv(x).split(self.widths, dim=-1)
+        key, value = (all_gather(part, -1, self.tp.key_value_group) for part in (key, value))
         query, key, value = (
             # [batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim]
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in self.qkv(x).split(self.widths, dim=-1)
+            for part in (query, key, value)
         )
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,  # without it, each token would be shown the answer it has to predict
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
+        dropout_p = self.dropout if self.training else 0.0
+        with own_generator(self.tp.group if dropout_p else None, x.device):
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                dropout_p=dropout_p,
+                is_causal=True,  # without it, each token is shown the answer it has to predict
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
         projected: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return projected
 
@@ -98,11 +150,16 @@ class MLP(nn.Module):
     SwiGLU's `up` holds the rows of gate, then those of up, so that one product does both.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
-        self.up = nn.Linear(config.hidden, config.ffn * (2 if self.gated else 1), bias=config.bias)
-        self.down = nn.Linear(config.ffn, config.hidden, bias=config.bias)
+        parts = [config.ffn] * (2 if self.gated else 1)
+        self.up = ColumnParallelLinear(
+            config.hidden, parts, config.bias, tp.group, tp.sequence_parallel
+        )
+        self.down = RowParallelLinear(
+            config.ffn, config.hidden, config.bias, tp.group, tp.sequence_parallel
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, sequence, hidden]` to the same shape, through `[batch, sequence, ffn]`."""
@@ -119,39 +176,63 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config, config.hidden)
-        self.attention = Attention(config)
-        self.mlp_norm = make_norm(config, config.hidden)
-        self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_norm = make_norm(config, tp)
+        self.attention = Attention(config, tp)
+        self.mlp_norm = make_norm(config, tp)
+        self.mlp = MLP(config, tp)
+        self.dropout = config.dropout
+        self.sequence_group = tp.sequence_group
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-        """`[batch, sequence, hidden]` to the same shape."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), table))
-        added: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return added
+        """`[batch, sequence, hidden]` to the same shape; sequence / ranks with sequence parallelism."""
+        x = x + self._dropout(self.attention(self.attention_norm(x), table))
+        return x + self._dropout(self.mlp(self.mlp_norm(x)))
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return dropout(x, self.dropout, self.training, self.sequence_group)
 
 
 class Embedding(nn.Module):
     """Token embeddings, plus learned positions where the config asks for them."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.token = nn.Embedding(config.vocab, config.hidden)
-        self.learned = config.position == "learned"
-        if self.learned:
-            self.position = nn.Embedding(config.context, config.hidden)
-        self.dropout = nn.Dropout(config.dropout)
+        self.token = VocabParallelEmbedding(config.vocab, config.hidden, tp.group)
+        self.position = Position(config, tp)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`[batch, sequence]` token ids to `[batch, sequence, hidden]`."""
-        x = self.token(tokens)
+        """`[batch, sequence]` token ids to `[batch, sequence, hidden]`, as `Position`."""
+        x: Tensor = self.position(self.token(tokens))
+        return x
+
+
+class Position(nn.Module):
+    """Adds learned positions, where the config has them; the way into the residual stream."""
+
+    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        if config.position == "learned":
+            self.weight = nn.Parameter(torch.empty(config.context, config.hidden))
+        self.learned = config.position == "learned"
+        self.dropout = config.dropout
+        self.sequence_group = tp.sequence_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, sequence, hidden]` to the same; this rank's tokens with sequence parallelism."""
         if self.learned:
-            x = x + self.position(torch.arange(tokens.shape[1], device=tokens.device))
-        dropped: Tensor = self.dropout(x)
-        return dropped
+            x = x + self.weight[: x.shape[1]]
+        return scatter_to_group(dropout(x, self.dropout, self.training), 1, self.sequence_group)
+
+
+class Output(ColumnParallelLinear):
+    """The projection onto the vocabulary, `[..., hidden]` to logits `[..., vocab / ranks]`."""
+
+    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
+        super().__init__(
+            config.hidden, [config.vocab], False, tp.group, tp.sequence_parallel, pad=True
+        )
 
 
 class GPT(nn.Module):
@@ -161,14 +242,19 @@ class GPT(nn.Module):
     the rest again (arXiv:1604.06174).
     """
 
-    def __init__(self, config: GPTConfig, checkpoint_activations: bool = False) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        checkpoint_activations: bool = False,
+        tp: TensorParallel = ONE_RANK,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tp = config, tp
         self.checkpoint_activations = checkpoint_activations
-        self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm(config, config.hidden)
-        self.output = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.embedding = Embedding(config, tp)
+        self.blocks = nn.ModuleList(Block(config, tp) for _ in range(config.layers))
+        self.norm = make_norm(config, tp)
+        self.output = Output(config, tp)
         if config.tied:
             self.output.weight = self.embedding.token.weight
 
@@ -176,7 +262,7 @@ class GPT(nn.Module):
         """Logits `[batch, sequence, vocab]`, or with `labels` their mean cross entropy (a scalar).
 
         `tokens` and `labels` are `[batch, sequence]`; `labels[:, i]` is the token that follows
-        `tokens[:, i]`.
+        `tokens[:, i]`. Both results are the same on every tensor rank.
         """
         x = self.embedding(tokens)
         table = None
@@ -188,40 +274,6 @@ class GPT(nn.Module):
             else:
                 x = block(x, table)
         logits: Tensor = self.output(self.norm(x))
-        return logits if labels is None else cross_entropy(logits, labels)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over all tokens of -log p(label), in fp32: `[..., vocab]` and `[...]` to a scalar.
-
-    bf16 has 8 bits of precision: a loss computed in it moves in steps of about 0.4%.
-    """
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
-
-
-Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
-
-
-def initialize(model: GPT, seed: int, gather: Gather = lambda _: nullcontext()) -> None:
-    """Draw the first weights: normal matrices, with the residual ones scaled down by depth.
-
-    Each parameter has a generator of its own, seeded by `seed` and its name. So every layout starts
-    from the same full tensors, whichever of them a rank holds and in whatever order. `gather` makes
-    a parameter whole while it is written (ZeRO-3 holds a part of it).
-
-    Source: GPT-2 (section 2.3) scales residual projections by 1 / sqrt(2 * layers).
-    """
-    config = model.config
-    residual_std = config.init_std / math.sqrt(2 * config.layers)
-    for name, parameter in model.named_parameters():
-        with gather(parameter), torch.no_grad():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator(parameter.device)
-            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-            drawn = torch.empty_like(parameter, dtype=torch.float32)
-            drawn.normal_(0.0, residual_std if residual else config.init_std, generator=generator)
-            parameter.copy_(drawn)
+        if labels is None:
+            return gather_from_group(logits, -1, self.tp.group)[..., : self.config.vocab]
+        return vocab_parallel_cross_entropy(logits, labels, self.config.vocab, self.tp.group)

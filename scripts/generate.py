@@ -41,7 +41,7 @@ def generate(arguments: argparse.Namespace) -> str:
 
     import torch
 
-    from launch.engine import build_model
+    from launch.build import build_model
     from launch.run_folder import read_settings
     from launch.sampling import sample
     from launch.tokenizer import load_tokenizer

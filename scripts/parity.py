@@ -38,9 +38,9 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
     """
     import torch
 
+    from launch.build import compute_dtype
     from launch.data import Batches, prepare, tokens_needed
     from launch.ds_config import resolve
-    from launch.engine import compute_dtype
     from launch.layout import plan_layout
     from launch.parity import (
         check_comparable,
@@ -48,11 +48,14 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
         run_reference,
         write_layout_trace,
     )
-    from launch.parity_compare import compare, key_biases, layer_count, tolerances
+    from launch.parity_compare import compare, key_biases, tolerances_of
     from launch.parity_report import save_picture, table, verdict
 
-    layout, alone = plan_layout(recipe, ranks), plan_layout(recipe, 1)
-    ds_config = resolve(recipe, alone)
+    layout = plan_layout(recipe, ranks)
+    resolve(recipe, layout)
+    single = recipe.on_one_device()
+    alone = plan_layout(single, 1)
+    ds_config = resolve(single, alone)
     check_comparable(recipe, ds_config)
     corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
     train = recipe.train
@@ -60,7 +63,7 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
         corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
     )
     print(f"reference: {train.steps} steps in plain PyTorch on one device", flush=True)
-    reference = run_reference(recipe, ds_config, lambda step: batches.rank_batch(step, alone, 0))
+    reference = run_reference(single, ds_config, lambda step: batches.rank_batch(step, alone, 0))
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -72,7 +75,7 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
         result = read_trace(file)
 
     dtype = compute_dtype(ds_config)
-    limits = tolerances(dtype, layer_count(recipe), train.compile)
+    limits = tolerances_of(recipe, dtype)
     differences = compare(reference, result, limits, key_biases(recipe))
     name = f"{recipe.name}, {ranks} ranks, {str(dtype).removeprefix('torch.')}"
     picture = out / "parity.png"

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch", "deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer",
-    "launch.engine", "launch.weights", "launch.data",
+    "launch.engine", "launch.step", "launch.weights", "launch.data",
 ]  # fmt: skip
 # Two ranks with a thread a core each would fight over the cores of a small machine.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -42,7 +42,11 @@ OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kv_heads": (("model.kv_heads=3",), ("heads 2", "kv_heads 3")),
     "no equals sign": (("train.steps",), ("--set train.steps", "key=value")),
     "sequence too long": (("data.sequence_length=64",), ("data.sequence_length", "64", "32")),
-    "tensor parallel": (("parallel.tensor=2",), ("parallel", "zero3")),
+    "tensor parallel": (("parallel.tensor=3",), ("parallel.tensor", "use 1 or 2")),
+    "pipeline with ZeRO-2": (
+        ("parallel.pipeline=2", "deepspeed.config=ds_configs/zero2.json"),
+        ("parallel.pipeline", "ds_configs/zero1.json"),
+    ),
     "schedule": (("train.schedule.decay=cosinus",), ("train.schedule.decay", "cosine")),
     "micro batch": (
         ("train.micro_batch_size=3",),

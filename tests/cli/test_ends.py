@@ -73,7 +73,7 @@ def _stop_at(folder: Path, step: int) -> Path:
         "import sys, importlib.abc, importlib.machinery\n"
         "class Finder(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name != 'launch.engine':\n"
+        "        if name != 'launch.step':\n"
         "            return None\n"
         "        sys.meta_path.remove(self)\n"
         "        import importlib.util\n"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.build import compute_dtype
 from launch.data import Batches, prepare, tokens_needed
 from launch.ds_config import resolve
-from launch.engine import compute_dtype
 from launch.layout import plan_layout
 from launch.parity import Trace, run_layout, run_reference
-from launch.parity_compare import Difference, compare, key_biases, layer_count, tolerances
+from launch.parity_compare import Difference, compare, key_biases, tolerances_of
 from launch.recipe import ROOT, Recipe, load_recipe, recipe_from_dict
 from tests.ranks import run_ranks
 
@@ -108,6 +108,7 @@ class Workbench:
 
     def reference(self, recipe: Recipe) -> Trace:
         """The plain loop's trace, without activation checkpointing whatever the recipe says."""
+        recipe = recipe.on_one_device()
         alone = plan_layout(recipe, 1)
         ds_config = resolve(recipe, alone)
         values = recipe.model_dump()
@@ -147,8 +148,9 @@ class Workbench:
         layout = run_ranks(run, case.ranks, *before, recipe.model_dump(), scratch)[0]
         clipped = [norm > case.clip for norm in reference.grad_norms]
         assert all(clipped) if case.clip == CLIP else not any(clipped)
-        dtype = compute_dtype(resolve(recipe, plan_layout(recipe, 1)))
-        limits = tolerances(dtype, layer_count(recipe))
+        single = recipe.on_one_device()
+        dtype = compute_dtype(resolve(single, plan_layout(single, 1)))
+        limits = tolerances_of(recipe, dtype)
         return compare(reference, layout, limits, key_biases(recipe))
 
 

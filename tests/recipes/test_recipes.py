@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.build import build_model, compute_dtype
 from launch.describe import header, print_dry_run
 from launch.ds_config import resolve
-from launch.engine import build_model, compute_dtype
 from launch.layout import plan_layout
 from launch.metrics import read_metrics
 from launch.recipe import ROOT, GPTModel, HFModel, load_recipe

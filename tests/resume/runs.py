@@ -60,9 +60,9 @@ def _train(values: dict[str, Any], resume: str | None, kill_after: int | None) -
 def _kill_after(steps: int) -> None:
     import torch.distributed as dist
 
-    import launch.engine
+    import launch.step
 
-    step, count = launch.engine.train_step, iter(range(steps + 1))
+    step, count = launch.step.train_step, iter(range(steps + 1))
 
     def deadly(*arguments: Any) -> Any:
         if next(count) == steps:
@@ -70,7 +70,7 @@ def _kill_after(steps: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(*arguments)
 
-    vars(launch.engine)["train_step"] = deadly
+    vars(launch.step)["train_step"] = deadly
 
 
 def steps_logged(run: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from models.config import GPTConfig
-from models.gpt import GPT, cross_entropy, initialize
+from models.first_weights import initialize
+from models.gpt import GPT
+from models.tp_ops import cross_entropy
 
 VOCAB, CONTEXT, HIDDEN, LAYERS = 96, 32, 48, 3
 TOLERANCE = 1e-5

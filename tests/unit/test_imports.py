@@ -36,7 +36,8 @@ def test_imports_run_one_way(file: Path) -> None:
     found = imported(file.read_text())
     assert found & MAY_IMPORT.keys() <= MAY_IMPORT[folder]
     if folder == "models":
-        assert "deepspeed" not in found
+        # The pipeline is DeepSpeed's; the layers and their cuts are anyone's.
+        assert "deepspeed" not in found or file.stem in ("pipeline", "schedules")
 
 
 def test_the_check_sees_every_kind_of_import() -> None:

@@ -134,9 +134,29 @@ def test_null_takes_a_value_back(good: Path) -> None:
             "model.context",
         ),
         (
-            "parallel.tensor=2",
-            "parallel: tensor and pipeline sizes above 1 are not built yet; use 1 and a "
-            "ds_configs/zero3*.json",
+            "parallel.tensor=3",
+            "parallel.tensor: 3 ranks do not divide the model's 4 heads, 4 key/value heads of 32, and "
+            "ffn of 512; use 2 or 4",
+        ),
+        (
+            "parallel.pipeline=9",
+            "parallel.pipeline: 9 stages are more than the model's 4 layers; use 4 or fewer",
+        ),
+        (
+            "parallel.schedule=gpipe",
+            "parallel.schedule: it orders a pipeline, and parallel.pipeline is",
+        ),
+        (
+            "parallel.partition=uniform",
+            "parallel.partition: it orders a pipeline, and parallel.pipeline",
+        ),
+        (
+            "parallel.sequence=true",
+            "parallel.sequence: it cuts along the sequence over the tensor ranks",
+        ),
+        (
+            "parallel.schedule=interleaved",
+            "parallel.schedule: Input should be '1f1b', 'gpipe' or 'naive'",
         ),
         ("deepspeed.config=null", "deepspeed.config: name a JSON file, for example ds_configs/"),
         ("train.steps", "--set train.steps: write key=value, for example train.steps=30"),

@@ -1,0 +1,256 @@
+"""The collectives of tensor parallelism as autograd functions, each with an explicit group.
+
+Megatron-LM (arXiv:1909.08053, section 3) calls the first two f and g: where one does nothing on the
+way forward it sums on the way back, and the other way round.
+
+    function            forward                    backward
+    copy_to_group       the same tensor            all-reduce (sum)           f
+    reduce_from_group   all-reduce (sum)           the same tensor            g
+    scatter_to_group    this rank's part           all-gather
+    gather_from_group   all-gather                 this rank's part
+    all_gather          all-gather                 reduce-scatter (sum)       sequence parallelism,
+    reduce_scatter      reduce-scatter (sum)       all-gather                 arXiv:2205.05198
+
+The two kinds of gather differ in what follows. After `gather_from_group` every rank does the same
+with the whole, so every rank has the whole gradient and takes its part. After `all_gather` each rank
+goes on to work of its own (its heads, its columns), so the gradients have to be summed.
+
+Two mistakes that are often copied: a plain `dist.all_reduce` in the forward of a row-parallel layer,
+which changes a tensor behind autograd's back; and a column-parallel layer whose input is not wrapped
+in `copy_to_group`: its weights still get the right gradient, and everything below it only this rank's
+part of one. Neither raises anything.
+
+With a group of one rank, or None, every function returns what it was given.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def group_size(group: Group) -> int:
+    """Number of ranks in a group; None is this rank alone."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: Group) -> int:
+    """This rank's number in a group; None is this rank alone."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _all_reduce(x: Tensor, group: Group) -> Tensor:
+    summed = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, group=group)
+    return summed
+
+
+def _part(x: Tensor, dim: int, group: Group) -> Tensor:
+    size = group_size(group)
+    if x.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {list(x.shape)} is no multiple of the {size} ranks")
+    return x.chunk(size, dim)[group_rank(group)].contiguous()
+
+
+def _gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(group_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return torch.cat(parts, dim)
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    size = group_size(group)
+    if x.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {list(x.shape)} is no multiple of the {size} ranks")
+    parts = [part.contiguous() for part in x.chunk(size, dim)]
+    mine = torch.empty_like(parts[0])
+    dist.reduce_scatter(mine, parts, group=group)
+    return mine
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    apply: Any = function.apply  # torch gives it no types
+    result: Tensor = apply(*arguments)
+    return result
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(gradient, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _part(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(gradient, ctx.dim, ctx.group), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _part(gradient, ctx.dim, ctx.group), None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(gradient, ctx.dim, ctx.group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(gradient, ctx.dim, ctx.group), None, None
+
+
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
+    """Give a tensor that all ranks share to work that differs by rank. Any shape, and the same out.
+
+    Also for a weight that all ranks share and use on different tokens or heads: its gradient is then
+    the sum over the ranks.
+    """
+    return x if group_size(group) == 1 else _apply(_Copy, x, group)
+
+
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
+    """Add up what the ranks have computed, each a part of the sum. Any shape, and the same out."""
+    return x if group_size(group) == 1 else _apply(_Reduce, x, group)
+
+
+def scatter_to_group(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part of a tensor that all ranks share: `[..., n, ...]` to `[..., n / ranks, ...]`.
+
+    Raises:
+        ValueError: where the ranks do not divide dimension `dim`.
+    """
+    return x if group_size(group) == 1 else _apply(_Scatter, x, dim, group)
+
+
+def gather_from_group(x: Tensor, dim: int, group: Group) -> Tensor:
+    """The whole of what the ranks hold parts of, for the same use on every rank.
+
+    `[..., n, ...]` to `[..., n * ranks, ...]`.
+    """
+    return x if group_size(group) == 1 else _apply(_Gather, x, dim, group)
+
+
+def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    """The whole of what the ranks hold parts of, for work that differs by rank.
+
+    `[..., n, ...]` to `[..., n * ranks, ...]`. Into a column-parallel layer: dimension 1 of
+    `[batch, sequence / ranks, hidden]`.
+    """
+    return x if group_size(group) == 1 else _apply(_AllGather, x, dim, group)
+
+
+def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part of the sum over the ranks: `[..., n, ...]` to `[..., n / ranks, ...]`.
+
+    Out of a row-parallel layer: dimension 1 of `[batch, sequence, hidden]`.
+
+    Raises:
+        ValueError: where the ranks do not divide dimension `dim`.
+    """
+    return x if group_size(group) == 1 else _apply(_ReduceScatter, x, dim, group)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over all tokens of -log p(label), in fp32: `[..., vocab]` and `[...]` to a scalar.
+
+    bf16 has 8 bits of precision: a loss computed in it moves in steps of about 0.4%.
+    """
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab: int, group: Group) -> Tensor:
+        width = logits.shape[-1]
+        first = group_rank(group) * width
+        scores = logits.float()
+        if first + width > vocab:  # columns that pad the vocabulary are never a word
+            padding = torch.arange(first, first + width, device=logits.device) >= vocab
+            scores = scores.masked_fill(padding, -torch.inf)
+        largest = scores.amax(-1)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        odds = (scores - largest.unsqueeze(-1)).exp()
+        total = odds.sum(-1)
+        mine = (labels >= first) & (labels < first + width)
+        column = (labels - first).clamp(0, width - 1).unsqueeze(-1)
+        chosen = torch.where(mine, scores.gather(-1, column).squeeze(-1) - largest, 0.0)
+        # One collective for both sums.
+        sums = torch.stack((total, chosen))
+        dist.all_reduce(sums, group=group)
+        total, chosen = sums
+        ctx.save_for_backward(odds.div_(total.unsqueeze(-1)), mine, column)
+        ctx.dtype = logits.dtype
+        loss: Tensor = (total.log() - chosen).mean()
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        probabilities, mine, column = ctx.saved_tensors
+        # d loss / d logit = probability - [this is the label], over the number of tokens.
+        ones = mine.unsqueeze(-1).to(probabilities.dtype)
+        change = probabilities.scatter_add(-1, column, -ones)
+        return (change * (gradient / mine.numel())).to(ctx.dtype), None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, vocab: int, group: Group
+) -> Tensor:
+    """Mean over all tokens of -log p(label), in fp32, from logits of which each rank has columns.
+
+    What crosses the ranks is three numbers a token, and never the logits (arXiv:1909.08053, section
+    3).
+
+    Args:
+        logits: `[..., padded vocab / ranks]`; rank r has columns r * width to (r + 1) * width.
+        labels: `[...]` token ids, the same on every rank.
+        vocab: the number of real columns; those after it are padding.
+        group: the tensor parallel ranks.
+    """
+    if group_size(group) == 1:
+        return cross_entropy(logits[..., :vocab], labels)
+    return _apply(_VocabParallelCrossEntropy, logits, labels, vocab, group)
