@@ -129,7 +129,7 @@ def next_token_logits(engine: DeepSpeedEngine, tokens: Tensor, context: int) -> 
     _, logits = engine.eval_batch(
         iter([(padded, padded)]),
         return_logits=True,
-        compute_loss=False,
+        bcast_loss=False,
         reduce_output=None,
         num_micro_batches=1,
     )

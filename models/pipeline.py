@@ -88,8 +88,8 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
             many layers, and "type:REGEX" as many layers whose name (`models.config`) matches.
 
     Raises:
-        ValueError: where the partition is none of these, its REGEX matches nothing, or a stage would
-            have no parameters to train.
+        ValueError: where the partition is none of these, its REGEX matches fewer layers than there are
+            stages, or a stage would have no parameters to train.
     """
     layers = parameters_by_layer(config)
     sizes = [size for _, size in layers]
@@ -103,9 +103,10 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
             matches = [int(bool(re.search(pattern, name, re.IGNORECASE))) for name, _ in layers]
         except re.error as error:
             raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
-        if not any(matches):
+        if sum(matches) < stages:
             raise ValueError(
-                f"no layer matches '{pattern}'; they are token, position, block, norm, output"
+                f"{sum(matches)} layers match '{pattern}', fewer than the {stages} stages; they are "
+                f"token, position, {config.layers} of block, norm and output"
             )
         bounds = partition_balanced(matches, stages)
     else:
@@ -113,7 +114,7 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
     for stage in range(stages):
         if not sum(sizes[bounds[stage] : bounds[stage + 1]]):
             raise ValueError(f"stage {stage} of {stages} would have nothing to train")
-    return list(bounds)
+    return [int(bound) for bound in bounds]  # DeepSpeed's are numpy's
 
 
 class GPTPipeline(PipelineModule):

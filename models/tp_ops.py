@@ -16,8 +16,9 @@ with the whole, so every rank has the whole gradient and takes its part. After `
 goes on to work of its own (its heads, its columns), so the gradients have to be summed.
 
 Two mistakes that are often copied: a plain `dist.all_reduce` in the forward of a row-parallel layer,
-which changes a tensor behind autograd's back; and a column-parallel layer whose input is not wrapped
-in `copy_to_group`: its weights still get the right gradient, and everything below it only this rank's
+which changes a tensor behind autograd's back (right by luck after a linear layer, which does not keep
+its output; wrong after what does); and a column-parallel layer whose input is not wrapped in
+`copy_to_group`: its weights still get the right gradient, and everything below it only this rank's
 part of one. Neither raises anything.
 
 With a group of one rank, or None, every function returns what it was given.

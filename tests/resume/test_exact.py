@@ -37,7 +37,27 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stage 2, bf16": ("zero2.json", {}),
     "stage 3, bf16": ("zero3.json", {}),
     "stage 3, all on a disk, bf16": ("zero3_offload_nvme.json", {}),
+    "tensor 2, stage 0, fp32": ("zero0_fp32.json", {}),
+    "tensor 2, stage 1, bf16": ("zero1.json", {}),
+    "tensor 2 x data 2 with sequence parallelism, stage 2, fp32": ("zero2.json", FP32),
+    "tensor 2 x data 2, stage 3, fp32": ("zero3.json", FP32),
+    "pipeline 2, stage 0, fp32": ("zero0_fp32.json", {}),
+    "pipeline 2, stage 1, bf16": ("zero1.json", {}),
+    "pipeline 2 x data 2, gpipe, stage 1, fp32": ("zero1.json", FP32),
+    "pipeline 2 x tensor 2, stage 1, fp32": ("zero1.json", FP32),
 }
+
+
+def _parallel(layout: str) -> dict[str, Any]:
+    """The recipe's block for a layout's name."""
+    found: dict[str, Any] = {
+        axis: 2 for axis in ("tensor", "pipeline", "data") if f"{axis} 2" in layout
+    }
+    if "sequence" in layout:
+        found["sequence"] = True
+    if "gpipe" in layout:
+        found["schedule"] = "gpipe"
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -54,12 +74,17 @@ def test_a_killed_run_ends_like_one_never_killed(
         # DeepSpeed swaps no tensor below 1 MB: here the matrices are above it, the vectors below.
         whole["model"]["hidden"] = killed["model"]["hidden"] = 192
 
-    train(whole)
+    parallel = _parallel(layout)
+    ranks = 2 ** max(1, sum(axis in parallel for axis in ("tensor", "pipeline", "data")))
+    parallel.pop("data", None)
+    whole["parallel"] = killed["parallel"] = parallel
+
+    train(whole, ranks=ranks)
     with pytest.raises(RankDiedError, match="-9"):
-        train(killed, kill_after=3)
+        train(killed, kill_after=3, ranks=ranks)
     assert [r["step"] for r in steps_logged(tmp_path / "killed")] == [1, 2, 2, 3]
     assert [p.name for p in (tmp_path / "killed/checkpoints").glob("step_*")] == ["step_00000002"]
-    train(killed, resume="auto")
+    train(killed, resume="auto", ranks=ranks)
 
     expected = steps_logged(tmp_path / "whole")
     assert steps_logged(tmp_path / "killed") == expected
