@@ -4,6 +4,9 @@ The plain loop is `launch/reference.py` on one device: torch's AdamW, no DeepSpe
 weights beside a bf16 model where the recipe trains in bf16. It computes the same batches from the
 same weights with the same micro batch and the same `train.compile`.
 
+On request a third one: the plain loop with its layers spread over as many devices, in one process
+(`models/layerwise.py`), which is what pipeline parallelism has to beat. It is not compiled.
+
 Each is timed in fresh processes, in turns, so that what slows the machine for a while slows both.
 """
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from launch.step import Step
 
-PLAIN, LAYOUT = "plain loop", "layout"
+PLAIN, LAYERWISE, LAYOUT = "plain loop", "layer-wise", "layout"
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,16 @@ class Speed:
 
 
 def bench(
-    recipe: Recipe, ranks: int, warmup: int, rounds: int, say: Callable[[str], None] = print
+    recipe: Recipe,
+    ranks: int,
+    warmup: int,
+    rounds: int,
+    layerwise: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[Speed]:
     """Time the plain loop and the recipe on `ranks` ranks; the plain loop comes first.
+
+    With `layerwise`, one process with its layers on `ranks` devices comes between them.
 
     The recipe's `train.steps` includes the `warmup` steps, which are left out of each median.
 
@@ -61,19 +71,24 @@ def bench(
     from launch.local_ranks import run_local_ranks
 
     plan_layout(recipe, ranks)
+    if layerwise and (ranks == 1 or recipe.model.family == "hf"):
+        raise UserError("--layerwise: it spreads the layers of a family gpt over 2 or more devices")
     if recipe.train.steps <= warmup:
         raise UserError(f"--steps: no step is left to time after {warmup} for warming up")
-    found: dict[str, list[list[dict[str, Any]]]] = {PLAIN: [], LAYOUT: []}
+    names = [PLAIN, *([LAYERWISE] if layerwise else []), LAYOUT]
+    found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for turn in range(rounds):
-            order = (PLAIN, LAYOUT) if turn % 2 == 0 else (LAYOUT, PLAIN)
-            for name in order:
-                world = 1 if name == PLAIN else ranks
+            for name in names if turn % 2 == 0 else reversed(names):
+                world = ranks if name == LAYOUT else 1
                 say(f"round {turn + 1} of {rounds}: {name} on {world} rank{'s'[: world - 1]}")
                 place = Path(folder) / f"{turn}-{name.split()[0]}"
                 place.mkdir()
-                function = measure_plain if name == PLAIN else measure_layout
-                run_local_ranks(function, world, recipe.model_dump(), place)
+                if name == LAYOUT:
+                    run_local_ranks(measure_layout, world, recipe.model_dump(), place)
+                else:
+                    devices = ranks if name == LAYERWISE else 1
+                    run_local_ranks(measure_plain, 1, recipe.model_dump(), place, devices)
                 found[name].append(
                     [json.loads(f.read_text()) for f in sorted(place.glob("*.json"))]
                 )
@@ -87,7 +102,7 @@ def _speed(
     first = turns[0][0]
     # Ranks wait for each other in every step: the first one's clock tells the time of all.
     seconds = statistics.median(s for turn in turns for s in turn[0]["seconds"][warmup:])
-    ranks = len(turns[0])
+    ranks = len(turns[0]) * int(first["devices"])
     speed = recipe.train.global_batch_size * recipe.data.sequence_length / seconds
     peak = first["peak_tflops"]
     return Speed(
@@ -104,8 +119,8 @@ def _speed(
 
 
 def as_json(recipe: Recipe, speeds: list[Speed]) -> dict[str, Any]:
-    """What `--json` prints: both contenders, and how the layout compares with the plain loop."""
-    plain, layout = speeds
+    """What `--json` prints: every contender, and how the layout compares with the plain loop."""
+    plain, layout = speeds[0], speeds[-1]
     return {
         "recipe": recipe.name,
         "config": recipe.deepspeed["config"],
@@ -116,8 +131,12 @@ def as_json(recipe: Recipe, speeds: list[Speed]) -> dict[str, Any]:
     }
 
 
-def measure_plain(values: dict[str, Any], folder: Path) -> None:
-    """Time the plain loop on this process's device; the only rank calls it."""
+def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> None:
+    """Time the plain loop on this process's device, or layer-wise on several; one rank calls it.
+
+    Raises:
+        UserError: where there are fewer GPUs than `devices`, or fewer layers.
+    """
     from launch.distributed import prepare_environment
 
     prepare_environment()
@@ -133,19 +152,36 @@ def measure_plain(values: dict[str, Any], folder: Path) -> None:
     recipe = recipe_from_dict(values).on_one_device()
     layout = plan_layout(recipe, 1)
     ds_config = resolve(recipe, layout)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() < devices:
+        raise UserError(
+            f"--layerwise: {devices} devices, and this machine has {torch.cuda.device_count()} GPUs; "
+            "lower --ranks"
+        )
+    # One CPU stands for several devices where there are no GPUs: that shows how, not how fast.
+    places = [torch.device("cuda", i) if cuda else torch.device("cpu") for i in range(devices)]
+    device = places[0]
     corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
     train = recipe.train
     batches = Batches(
         corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
     )
     model = build_model(recipe, training_dtype(ds_config), device)
-    if train.compile:
+    if devices > 1:
+        from models.gpt import GPT
+        from models.layerwise import spread_over
+
+        assert isinstance(model, GPT)
+        try:
+            model = spread_over(model, places)
+        except ValueError as error:
+            raise UserError(f"--layerwise: {error}; lower --ranks") from None
+    elif train.compile:
         model.compile()
     reference = Reference(model, ds_config, train)
     _measure(
         train.steps,
-        device,
+        places,
         lambda step: batches.rank_batch(step, layout, 0),
         reference.train_step,
         folder / "rank0000.json",
@@ -165,7 +201,7 @@ def measure_layout(values: dict[str, Any], folder: Path) -> None:
 
         _measure(
             local.recipe.train.steps,
-            local.ranks.device,
+            [local.ranks.device],
             local.batch,
             lambda batch: train_step(local.engine, batch),
             folder / f"rank{local.ranks.rank:04d}.json",
@@ -174,7 +210,7 @@ def measure_layout(values: dict[str, Any], folder: Path) -> None:
 
 def _measure(
     steps: int,
-    device: "torch.device",
+    devices: "list[torch.device]",
     batch: "Callable[[int], torch.Tensor]",
     step: "Callable[[torch.Tensor], Step]",
     file: Path,
@@ -183,6 +219,7 @@ def _measure(
 
     from launch.metrics import device_peak_tflops, peak_memory_gib
 
+    device = devices[0]
     seconds, losses = [], []
     for number in range(steps):
         rows = batch(number)
@@ -194,7 +231,8 @@ def _measure(
     measured = {
         "seconds": seconds,
         "losses": losses,
-        "memory_gib": peak_memory_gib(device),
+        "memory_gib": max(peak_memory_gib(place) for place in devices),
+        "devices": len(devices),
         "peak_tflops": device_peak_tflops(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }

@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.arguments import add_recipe_arguments
-from launch.bench import Speed, as_json, bench
+from launch.bench import LAYOUT, Speed, as_json, bench
 from launch.errors import UserError, one_line_errors
 from launch.local_ranks import choose_ranks
 from launch.recipe import Recipe, load_recipe
 
 
 def table(recipe: Recipe, speeds: list[Speed]) -> Table:
-    """The two contenders and their ratios, as a person reads them."""
-    plain, _ = speeds
+    """The contenders and their ratios, as a person reads them."""
+    plain = speeds[0]
     found = Table(
         "", "ranks", "tokens/s", "per rank", "ratio, total", "ratio, a rank", "s/step", box=None
     )
@@ -37,7 +37,7 @@ def table(recipe: Recipe, speeds: list[Speed]) -> Table:
     found.title = f"{recipe.name} on {plain.device}"
     for speed in speeds:
         found.add_row(
-            speed.name if speed is plain else recipe.deepspeed["config"],
+            recipe.deepspeed["config"] if speed.name == LAYOUT else speed.name,
             str(speed.ranks),
             f"{speed.tokens_per_second:,.0f}",
             f"{speed.tokens_per_second_per_rank:,.0f}",
@@ -66,6 +66,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=2, metavar="R", help="default: 2")
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="time one process with its layers on N devices too (Accelerate's dispatch)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)
 
@@ -87,7 +92,7 @@ def run(given: argparse.Namespace) -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    speeds = bench(recipe, ranks, given.warmup, given.rounds, say)
+    speeds = bench(recipe, ranks, given.warmup, given.rounds, given.layerwise, say)
     if given.json:
         print(json.dumps(as_json(recipe, speeds), indent=2))
     else:

@@ -39,9 +39,25 @@ def test_it_compares_in_one_run() -> None:
     assert found["ratio_per_rank"] == pytest.approx(ratio / 2)
 
 
+def test_layerwise_trains_the_same_in_one_process() -> None:
+    done = bench("--steps", "2", "--warmup", "1", "--rounds", "1", "--layerwise", "--json")
+    assert done.returncode == 0, done.stderr
+    plain, layerwise, _ = json.loads(done.stdout)["speeds"]
+    assert (layerwise["name"], layerwise["ranks"]) == ("layer-wise", 2)
+    assert layerwise["last_loss"] == pytest.approx(plain["last_loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--layerwise", "--ranks", "1"],
+            "error: --layerwise: it spreads the layers of a family gpt",
+        ),
+        (
+            ["--layerwise", "--ranks", "4"],
+            "error: --layerwise: 4 devices are more than the model's 2",
+        ),
         (["--steps", "0"], "error: --steps: 0 is too few; use 1 or more"),
         (["--ranks", "3"], "error: train.global_batch_size: 8 is no multiple of the data parallel"),
     ],
