@@ -8,6 +8,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -68,12 +69,30 @@ def build_engine(
     _undo_step_taken_at_construction(engine)
     if isinstance(engine, PipelineEngine):
         use_schedule(engine, recipe.parallel.schedule)
+        _sum_tied_gradients_where_they_are(engine)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         _count_each_parameter_once(engine, topology)
         _keep_norm(engine)
     if train.compile:
         _compile(engine)
     return engine
+
+
+def _sum_tied_gradients_where_they_are(engine: PipelineEngine) -> None:
+    """Mend DeepSpeed 0.19.8 where gradients are accumulated in fp32 beside a 16-bit model.
+
+    There ZeRO-1 (in fp16, or offloaded; not BF16_Optimizer) moves each micro batch's gradient to
+    `grad_accum`, and the pipeline engine adds up the tied copies' `grad`, which is then empty: each copy
+    of a tied weight goes its own way.
+    """
+    if not getattr(engine.optimizer, "use_grad_accum_attribute", False):
+        return
+
+    def reduce_tied_gradients(self: PipelineEngine) -> None:
+        for weight, group in self.module.get_tied_weights_and_groups():
+            dist.all_reduce(weight.grad_accum, group=group)
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: reduce_tied_gradients}
 
 
 def _compile(engine: DeepSpeedEngine) -> None:

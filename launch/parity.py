@@ -47,21 +47,22 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
     """Refuse what one device cannot repeat step for step.
 
     Raises:
-        UserError: for fp16, dropout, or another optimizer than AdamW; it names the override to use.
+        UserError: for fp16 with a loss scale that changes, dropout, or another optimizer than AdamW; it names the override to use.
     """
     import torch
 
     from launch.build import compute_dtype
 
-    if compute_dtype(ds_config) is torch.float16:
+    fixed_scale = (ds_config.get("fp16") or {}).get("loss_scale", 0)
+    if compute_dtype(ds_config) is torch.float16 and not fixed_scale:
         other = (
-            "--set deepspeed.torch_autocast.dtype=bfloat16"
+            "compare in another precision: --set deepspeed.torch_autocast.dtype=bfloat16"
             if (ds_config.get("torch_autocast") or {}).get("enabled")
-            else "--set deepspeed.fp16.enabled=false (fp32), deepspeed.bf16.enabled=true with it"
+            else "use --set deepspeed.fp16.loss_scale=1024"
         )
         raise UserError(
-            "fp16: its loss scale skips the first steps, so there is nothing to compare step by step; "
-            f"compare in another precision: {other}"
+            "fp16.loss_scale: a changing loss scale skips the first steps, so that there is nothing to "
+            f"compare step by step; {other}"
         )
     optimizer = ds_config.get("optimizer") or {}
     kind = str(optimizer.get("type", ""))

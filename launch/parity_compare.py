@@ -1,5 +1,6 @@
 """How far apart two runs are, and how far rounding may take them."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,12 @@ def tolerances(dtype: "torch.dtype", layers: int, rounds_elsewhere: bool = False
     """The bounds for a model of `layers` blocks that computes in `dtype`.
 
     fp32: sums are taken in another order, which moves the last digits; the depth does not show.
-    bf16: gradients have 8 bits and ranks add them up in bf16, so the bounds are multiples of
-    `1.03**layers * eps`. Vectors (norms, biases) get more: most start at zero, so that all of them is
-    Adam's steps, and an element whose gradient rounds to the other side of zero takes one of them the
-    other way: `2 / sqrt(elements)` of that step. The loss gets less: it is a mean over all tokens, in
-    fp32.
+    bf16 and fp16: gradients have 8 or 11 bits and ranks add them up in those, so the bounds are
+    multiples of `1.03**layers * eps` of the dtype. The loss gets less: it is a mean over all tokens,
+    in fp32. Weights get more: an element whose gradient rounds to the other side of zero takes Adam's
+    step the other way. How many do goes with eps, and the norm of the difference with its root: fp16's
+    bound is therefore not eight times as small as bf16's. Vectors (norms, biases) get most: they
+    start at zero or one, so that all of their change is Adam's steps.
 
     Before the first step nothing but the forward pass has had a part in the loss; it is the same
     computation on both sides unless the layout's forward pass `rounds_elsewhere`: a compiled model,
@@ -63,14 +65,17 @@ def tolerances(dtype: "torch.dtype", layers: int, rounds_elsewhere: bool = False
 
     if dtype is torch.float32:
         return Tolerances(first_loss=5e-7, loss=2e-6, grad_norm=5e-6, matrices=5e-6, vectors=1e-5)
-    unit = GROWTH_A_LAYER**layers * torch.finfo(torch.bfloat16).eps
+    unit = GROWTH_A_LAYER**layers * torch.finfo(dtype).eps
+    step = GROWTH_A_LAYER**layers * math.sqrt(
+        torch.finfo(dtype).eps * torch.finfo(torch.bfloat16).eps
+    )
     loss = unit / 100
     return Tolerances(
         first_loss=loss if rounds_elsewhere else 5e-7,
         loss=loss,
         grad_norm=unit / 2,
-        matrices=2 * unit,
-        vectors=16 * unit,
+        matrices=2 * step,
+        vectors=16 * step,
     )
 
 

@@ -17,10 +17,11 @@ from launch.weights import canonical_names
 
 
 class Reference:
-    """The training loop of one device. In bf16, fp32 master weights are kept beside the model.
+    """The training loop of one device. In bf16 and fp16, fp32 master weights lie beside the model.
 
-    Mixed precision is DeepSpeed's kind (arXiv:1710.03740): the model computes in bf16, gradients
-    are summed and applied in fp32, and the model's weights are the masters, rounded. With the JSON's
+    Mixed precision is DeepSpeed's kind (arXiv:1710.03740): the model computes in 16 bits, gradients
+    are summed and applied in fp32, and the model's weights are the masters, rounded. fp16's loss is
+    multiplied by a fixed scale, so that small gradients do not round to zero. With the JSON's
     torch_autocast, weights are fp32 and only the matrix products are in bf16.
     """
 
@@ -28,7 +29,9 @@ class Reference:
         self.model, self.train = model, train
         self.step_number = 0
         self.clip = float(ds_config["gradient_clipping"])
-        self.mixed = training_dtype(ds_config) is torch.bfloat16
+        self.mixed = training_dtype(ds_config) is not torch.float32
+        half = training_dtype(ds_config) is torch.float16
+        self.loss_scale = float(ds_config["fp16"]["loss_scale"]) if half else 1.0
         self.weights = list(model.parameters())
         self.autocast = torch.autocast(
             self.weights[0].device.type,
@@ -65,7 +68,7 @@ class Reference:
         for sequences in batch.to(device):
             with self.autocast:
                 loss = self.model(sequences[:, :-1], sequences[:, 1:])
-            (loss / len(batch)).backward()
+            (loss * (self.loss_scale / len(batch))).backward()
             loss_sum += loss.item()
             if self.mixed:
                 self._move_gradients_to_masters()
@@ -85,7 +88,7 @@ class Reference:
     def _move_gradients_to_masters(self) -> None:
         for weight, master in zip(self.weights, self.masters, strict=True):
             if weight.grad is not None:
-                gradient = weight.grad.float()
+                gradient = weight.grad.float() / self.loss_scale
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 weight.grad = None
 

@@ -95,7 +95,7 @@ def test_keys_are_free_only_where_their_bias_cannot_matter() -> None:
 @pytest.mark.parametrize(
     ("model", "ds_config", "words"),
     [
-        ({}, {"fp16": {"enabled": True}}, "deepspeed.fp16.enabled=false"),
+        ({}, {"fp16": {"enabled": True}}, "deepspeed.fp16.loss_scale=1024"),
         (
             {},
             {"torch_autocast": {"enabled": True, "dtype": "float16"}},
