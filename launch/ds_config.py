@@ -131,6 +131,10 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         raise UserError(" | ".join(lines[:_SHOWN_ERRORS]) + rest)
     # What DeepSpeed takes for granted; the run folder's copy should say it.
     config.setdefault("gradient_clipping", 1.0)
+    if recipe.model.family == "hf" and layout.tensor > 1:
+        from launch.autotp import with_autotp
+
+        config = with_autotp(config, layout.tensor)
     return config
 
 

@@ -13,6 +13,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from launch.autotp import check_plan, show_plan
 from launch.build import (
     build_model,
     build_partitioned,
@@ -25,6 +26,7 @@ from launch.distributed import Ranks
 from launch.layout import Layout
 from launch.recipe import GPTModel, Recipe
 from launch.schedule import learning_rate_factor
+from launch.weights import is_hf
 from models.gpt import Block
 from models.pipeline import GPTPipeline
 from models.schedules import use_schedule
@@ -51,6 +53,9 @@ def build_engine(
         model = build_partitioned(recipe, ds_config, topology, tp)
     else:
         model = build_model(recipe, dtype, ranks.device, tp)
+    if tp.size > 1 and is_hf(model):
+        check_plan(model, tp.size, zero_stage(ds_config))
+        show_plan(model)
 
     def schedule(optimizer: torch.optim.Optimizer) -> LambdaLR:
         return LambdaLR(
@@ -67,6 +72,7 @@ def build_engine(
         mpu=topology if tp.size > 1 and not isinstance(model, GPTPipeline) else None,
     )[0]
     _undo_step_taken_at_construction(engine)
+    _mark_gradients(engine)
     if isinstance(engine, PipelineEngine):
         use_schedule(engine, recipe.parallel.schedule)
         _sum_tied_gradients_where_they_are(engine)
@@ -120,6 +126,23 @@ def _undo_step_taken_at_construction(engine: DeepSpeedEngine) -> None:
         for masters, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
             for master, weight in zip(masters, weights, strict=True):
                 master.copy_(weight)
+
+
+def _mark_gradients(engine: DeepSpeedEngine) -> None:
+    """Mend the gradient norm of DeepSpeed 0.19.8 at stage 0 in bf16 or fp16 (and nowhere else).
+
+    FP16_UnfusedOptimizer looks for the mark of a shard on the gradients, and only parameters have it:
+    the shards of all tensor ranks but the first are left out of the norm, and of the clipping.
+    """
+    if not isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        return
+
+    def mark(parameter: Any) -> None:
+        parameter.grad.tensor_model_parallel = True
+
+    for parameter in engine.module.parameters():
+        if getattr(parameter, "tensor_model_parallel", False):
+            parameter.register_post_accumulate_grad_hook(mark)
 
 
 def _count_each_parameter_once(engine: DeepSpeedEngine, topology: Topology) -> None:

@@ -83,8 +83,24 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
     Raises:
         UserError: naming the key, the reason and the nearest layout.
     """
+    if layout.tensor > 1:
+        _check_tensor(config)
     if layout.pipeline > 1:
         _check_pipeline(recipe, config, layout)
+
+
+def _check_tensor(config: dict[str, Any]) -> None:
+    if "tensor_parallel" in config:
+        raise UserError(
+            "tensor_parallel: the recipe's parallel.tensor decides it; take the block out of the JSON"
+        )
+    zero = config.get("zero_optimization", {})
+    for key, without in (("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False)):
+        if zero.get(key, without) != without:
+            raise UserError(
+                f"zero_optimization.{key}: it makes groups of neighbouring ranks, and those hold "
+                "different shards with parallel.tensor above 1; take the key out"
+            )
 
 
 def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") -> None:

@@ -47,7 +47,8 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
     """Refuse what one device cannot repeat step for step.
 
     Raises:
-        UserError: for fp16 with a loss scale that changes, dropout, or another optimizer than AdamW; it names the override to use.
+        UserError: for fp16 with a loss scale that changes, dropout, or another optimizer than AdamW; it
+            names the override to use.
     """
     import torch
 

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from launch.autotp import merged, whole_shape
 from launch.errors import UserError
 from models.gpt import GPT
 from models.pipeline import GPTPipeline
 from models.tp_layers import Shard
+
+if TYPE_CHECKING:
+    from models.hf import HFCausalLM
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -37,7 +41,7 @@ def canonical_names(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(inner.named_parameters())
 
 
-def is_hf(model: nn.Module) -> bool:
+def is_hf(model: nn.Module) -> "TypeGuard[HFCausalLM]":
     """Whether a model is transformers' own, in our wrapper.
 
     Where it is, `models.hf` is loaded already; importing it here would cost every other run the
@@ -67,7 +71,7 @@ def full_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
         whole = (parameter if master is None else master).detach().float()
         shard: Shard | None = getattr(parameter, "shard", None)
         if shard is None:
-            return whole
+            return merged(engine, parameter, whole)
         group = _tensor_group(engine)
         shards = [torch.empty_like(whole) for _ in range(shard.size)]
         dist.all_gather(shards, whole.contiguous(), group=group)
@@ -108,13 +112,13 @@ def _over_stages(
         yield name, whole
 
 
-def whole_shapes(model: nn.Module) -> dict[str, torch.Size]:
+def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of the whole model by its canonical name, in its order."""
     if isinstance(model, GPT | GPTPipeline):
         with torch.device("meta"):
             whole = GPT(model.config)
-        return {name: parameter.shape for name, parameter in whole.named_parameters()}
-    return {n: getattr(p, "ds_shape", p.shape) for n, p in canonical_names(model).items()}
+        return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    return {name: whole_shape(parameter) for name, parameter in canonical_names(model).items()}
 
 
 def save_weights(engine: DeepSpeedEngine, folder: Path, dtype: torch.dtype) -> list[Path]:

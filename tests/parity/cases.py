@@ -45,7 +45,10 @@ SMALL_PARTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One layout of one model. `stem` names a tiny recipe, for example zero2_offload_cpu."""
+    """One layout of one model. `stem` names a tiny recipe, for example zero2_offload_cpu.
+
+    `overrides` are key=value, and have the last word.
+    """
 
     stem: str
     ranks: int
@@ -54,11 +57,13 @@ class Case:
     micro_batch: int = 1
     clip: float = CLIP
     checkpoint_activations: bool = False
+    overrides: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """For pytest's list."""
-        return f"{self.stem}-{self.ranks}-{self.precision}-{self.family}"
+        changed = [override.rpartition(".")[2] for override in self.overrides]
+        return "-".join([self.stem, str(self.ranks), self.precision, self.family, *changed])
 
     def recipe(self, folder: Path, changes: dict[str, Any] | None = None) -> Recipe:
         """The tiny recipe, made smaller still; `folder` is for its text and what it swaps."""
@@ -95,7 +100,8 @@ class Case:
             if "nvme_path" in zero.get(outer, {}):
                 values[f"deepspeed.zero_optimization.{outer}.nvme_path"] = folder / "nvme"
         values |= changes or {}
-        return load_recipe(file, [f"{key}={value}" for key, value in values.items()])
+        given = [f"{key}={value}" for key, value in values.items()]
+        return load_recipe(file, [*given, *self.overrides])
 
 
 class Workbench:
@@ -114,7 +120,9 @@ class Workbench:
         values = recipe.model_dump()
         values["model"]["checkpoint_activations"] = False
         parts = [values[key] for key in ("model", "data", "train")]
-        parts += [ds_config.get(key) for key in ("bf16", "torch_autocast", "gradient_clipping")]
+        parts += [
+            ds_config.get(key) for key in ("bf16", "fp16", "torch_autocast", "gradient_clipping")
+        ]
         key = json.dumps([*parts, ds_config["optimizer"]["params"]], sort_keys=True)
         if key not in self._references:
             corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))

@@ -4,20 +4,12 @@ Each is planted inside the ranks, in DeepSpeed's code or in ours, at the place w
 """
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
-from launch.parity import Trace, run_layout
-from launch.parity_compare import Difference
 from tests.parity.cases import Case, Workbench
-
-
-def plant(owner: Any, name: str, wrong: Any) -> None:
-    mock.patch.object(owner, name, wrong).start()  # the process ends with the run
+from tests.parity.planting import Fault, faulty_layout, first_seen, plant
 
 
 def gradients_not_divided_by_the_accumulation_steps() -> None:
@@ -131,23 +123,6 @@ def step_taken_at_construction() -> None:
     plant(engine, "_undo_step_taken_at_construction", lambda engine: None)
 
 
-def faulty_layout(fault: Callable[[], None], values: dict[str, Any], scratch: Path) -> Trace:
-    """Run in each rank: plant the fault, then be a rank like any other."""
-    fault()
-    return run_layout(values, scratch)
-
-
-def first_seen(differences: list[Difference]) -> list[str]:
-    """The quantities that are past their tolerance, by the step at which they first are."""
-    by_step = sorted(
-        (int(d.where.split()[1]), d.quantity != "loss", d.quantity)
-        for d in differences
-        if d.past and d.where.startswith("step")
-    )
-    found = [f"{quantity} at step {step}" for step, _, quantity in by_step]
-    return found + sorted({d.quantity for d in differences if d.past and "step" not in d.where})
-
-
 # Where bf16 is left out, its rounding is larger than what the fault does in four steps. A wrong clip
 # shows one step later than a wrong gradient: Adam's first step does not depend on its size.
 BOTH, FP32 = ("fp32", "bf16"), ("fp32",)
@@ -174,7 +149,7 @@ PLANTED = [
 
 @pytest.mark.parametrize(("fault", "case", "sign"), PLANTED)
 def test_fault_is_caught(
-    fault: Callable[[], None],
+    fault: Fault,
     case: Case,
     sign: str,
     bench: Workbench,

@@ -1,0 +1,66 @@
+"""Every kind of layout on two GPUs over NCCL, in bf16 and fp16, equals one GPU.
+
+    python -m pytest tests/gpu/test_parallel.py -m gpu -s | grep '^|'
+
+prints the table of models/README.md.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parity.cases import Case, Workbench
+from tests.parity.half import fp16
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs"),
+]
+
+TENSOR, PIPELINE = ("parallel.tensor=2",), ("parallel.pipeline=2",)
+SEQUENCE = (*TENSOR, "parallel.sequence=true")
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    **{f"data 2, ZeRO-{stage}": (stage, ()) for stage in range(4)},
+    **{f"tensor 2, ZeRO-{stage}": (stage, TENSOR) for stage in range(4)},
+    "tensor 2 with sequence, ZeRO-1": (1, SEQUENCE),
+    "tensor 2 with sequence, ZeRO-3": (3, SEQUENCE),
+    **{f"pipeline 2, 1f1b, ZeRO-{stage}": (stage, PIPELINE) for stage in range(2)},
+    "pipeline 2, gpipe, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=gpipe")),
+    "pipeline 2, naive, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=naive")),
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    folder: Path = tmp_path_factory.mktemp("gpu")
+    yield Workbench(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def cases() -> list[tuple[str, Case]]:
+    """Two families and precisions; stage 0 computes fp16 under a scale that moves, and is left out."""
+    found = []
+    for name, (stage, overrides) in LAYOUTS.items():
+        for family in ("gpt2", "llama"):
+            for precision in ("fp32", "bf16", "fp16") if stage else ("fp32", "bf16"):
+                extra = fp16(stage) if precision == "fp16" else ()
+                case = Case(
+                    f"zero{stage}", 2, precision, family, 2, overrides=(*extra, *overrides),
+                    checkpoint_activations=family == "llama",
+                )  # fmt: skip
+                found.append((name, case))
+    return found
+
+
+@pytest.mark.parametrize(("name", "case"), cases(), ids=lambda value: getattr(value, "name", value))
+def test_two_gpus_equal_one(name: str, case: Case, bench: Workbench) -> None:
+    differences = bench.compare(case)
+    worst = {}
+    for quantity in ("loss", "grad norm", "weights"):
+        largest = max((d for d in differences if d.quantity == quantity), key=lambda d: d.share)
+        worst[quantity] = f"{largest.value:.1e} ({largest.share:.0%})"
+    print(f"\n| {name} | {case.family} | {case.precision} | {' | '.join(worst.values())} |")
+    assert not [d for d in differences if d.past]

@@ -1,0 +1,33 @@
+"""How the tests plant a fault inside the ranks, and what they look for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from launch.parity import Trace, run_layout
+from launch.parity_compare import Difference
+
+Fault = Callable[[], None]
+
+
+def plant(owner: Any, name: str, wrong: Any) -> None:
+    """Put `wrong` in the place of a function, for the rest of this process."""
+    mock.patch.object(owner, name, wrong).start()  # the process ends with the run
+
+
+def faulty_layout(fault: Fault, values: dict[str, Any], scratch: Path) -> Trace:
+    """Run in each rank: plant the fault, then be a rank like any other."""
+    fault()
+    return run_layout(values, scratch)
+
+
+def first_seen(differences: list[Difference]) -> list[str]:
+    """The quantities that are past their tolerance, by the step at which they first are."""
+    by_step = sorted(
+        (int(d.where.split()[1]), d.quantity != "loss", d.quantity)
+        for d in differences
+        if d.past and d.where.startswith("step")
+    )
+    found = [f"{quantity} at step {step}" for step, _, quantity in by_step]
+    return found + sorted({d.quantity for d in differences if d.past and "step" not in d.where})

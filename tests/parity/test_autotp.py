@@ -1,0 +1,213 @@
+"""`family: hf` over tensor ranks, by DeepSpeed's AutoTP, equals one device without DeepSpeed."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.autotp import check_plan, whole_shape
+from launch.ds_config import resolve
+from launch.errors import UserError
+from launch.layout import plan_layout
+from launch.parity import Trace, meta_model, run_layout
+from launch.recipe import Recipe, recipe_from_dict
+from tests.parity.cases import NO_CLIP, Case, Workbench
+from tests.parity.planting import plant
+from tests.ranks import run_ranks
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 16,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
+    # Norms of queries and keys, whole on every rank, see a shard of the heads.
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    # Biases of column-parallel layers are cut, of row-parallel ones whole.
+    "biases": {"model_type": "llama", "tie_word_embeddings": False, "attention_bias": True},
+    "uneven": {
+        "model_type": "llama", "tie_word_embeddings": False, "vocab_size": 321,
+        "hidden_size": 48, "intermediate_size": 49, "num_attention_heads": 6, "num_key_value_heads": 3,
+    },
+    "one_key": {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 1},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HFCase(Case):
+    """A tiny recipe's layout, with a transformers model in the place of ours."""
+
+    model: str = "llama"
+    tensor: int = 2
+
+    @property
+    def name(self) -> str:
+        """For pytest's list."""
+        return f"{self.stem}-{self.ranks}-{self.precision}-{self.model}"
+
+    def recipe(self, folder: Path, changes: dict[str, Any] | None = None) -> Recipe:
+        """The tiny recipe with this model, over `tensor` ranks."""
+        file = folder / f"{self.model}.json"
+        file.write_text(json.dumps(SIZES | MODELS[self.model]))
+        values = super().recipe(folder, changes).model_dump()
+        values["model"] = {
+            "family": "hf", "path": str(file), "checkpoint_activations": self.checkpoint_activations
+        }  # fmt: skip
+        values["parallel"]["tensor"] = self.tensor
+        return recipe_from_dict(values)
+
+
+def _run(fault: str, values: dict[str, Any], scratch: Path) -> Trace:
+    """A rank of the layout, without one of the mends or with a fault planted in DeepSpeed."""
+    from deepspeed.module_inject.layers import RowParallel
+
+    from launch import engine
+
+    if fault == "rows not summed":
+        plant(RowParallel, "forward", staticmethod(lambda ctx, group, rows, inference: rows))
+    elif fault == "gradients not marked":
+        plant(engine, "_mark_gradients", lambda engine: None)
+    else:
+        plant(engine, "show_plan", lambda model: None)
+    return run_layout(values, scratch)
+
+
+CASES = [
+    HFCase("zero0", 2, "fp32", model="llama"),
+    HFCase("zero0", 4, "bf16", model="qwen3", checkpoint_activations=True),
+    HFCase("zero1", 2, "fp32", model="biases", micro_batch=2),
+    HFCase("zero1", 4, "fp32", model="qwen3", clip=NO_CLIP),
+    HFCase("zero1", 2, "bf16", model="llama"),
+    HFCase("zero2", 4, "fp32", model="llama", checkpoint_activations=True),
+    HFCase("zero2", 2, "bf16", model="llama_tied", micro_batch=2),
+    HFCase("zero2", 2, "fp32", model="one_key"),
+    HFCase("zero3", 2, "fp32", model="qwen3"),
+    HFCase("zero3", 4, "fp32", model="uneven"),
+    HFCase("zero2_offload_cpu", 2, "fp32", model="qwen3"),
+    HFCase("zero3_offload_cpu", 4, "bf16", model="llama_tied", checkpoint_activations=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout_equals_one_device(
+    case: HFCase, bench: Workbench, request: pytest.FixtureRequest
+) -> None:
+    if "offload" in case.stem:
+        request.getfixturevalue("built_ops")
+    differences = bench.compare(case)
+    assert not [d for d in differences if d.past]
+    assert {d.quantity for d in differences} >= {"loss", "grad norm", "weights"}
+
+
+# Stage 0 with a bf16 copy of the weights, which the tiny recipe avoids: DeepSpeed clips elsewhere.
+BF16_COPY = {
+    "deepspeed.bf16.enabled": True,
+    "deepspeed.torch_autocast.enabled": False,
+    "deepspeed.data_types": "null",
+}
+BF16_AT_STAGE_0 = HFCase("zero0", 2, "bf16", model="llama")
+
+
+def test_bf16_at_stage_0_equals_one_device(bench: Workbench) -> None:
+    assert not [d for d in bench.compare(BF16_AT_STAGE_0, changes=BF16_COPY) if d.past]
+
+
+FAULTS = [
+    # The row-parallel all-reduce dropped, the marks of shards dropped, the norms' gradients not summed.
+    ("rows not summed", "loss", HFCase("zero1", 2, "fp32", model="llama"), {}),
+    ("gradients not marked", "grad norm", BF16_AT_STAGE_0, BF16_COPY),
+    ("plan not shown", "grad norm", HFCase("zero1", 2, "fp32", model="qwen3"), {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "quantity", "case", "changes"), FAULTS, ids=[fault[0] for fault in FAULTS]
+)
+def test_a_fault_is_caught_at_the_first_step(
+    bench: Workbench, fault: str, quantity: str, case: HFCase, changes: dict[str, Any]
+) -> None:
+    past = [d for d in bench.compare(case, _run, fault, changes=changes) if d.past]
+    assert (quantity, "step 1") in {(d.quantity, d.where) for d in past}
+
+
+def _replicas(values: dict[str, Any], scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Some steps; then what this rank holds whole, and all parameters' shapes on one device."""
+    from launch.local_engine import local_engine
+    from launch.step import train_step
+    from launch.weights import canonical_names, full_weights
+
+    with local_engine(values, scratch) as local:
+        for step in range(local.recipe.train.steps):
+            train_step(local.engine, local.batch(step))
+        names = canonical_names(local.engine.module)
+        shapes = {name: whole_shape(parameter) for name, parameter in names.items()}
+        held = {
+            name: tensor.tolist()
+            for name, tensor in full_weights(local.engine)
+            if not getattr(names[name], "tensor_model_parallel", False)
+        }
+    return held, shapes
+
+
+@pytest.mark.parametrize("stem", ["zero1", "zero3"])
+def test_what_is_whole_stays_the_same_on_all_ranks(stem: str, bench: Workbench) -> None:
+    recipe = HFCase(stem, 4, "bf16", model="qwen3").recipe(bench.folder)
+    results = run_ranks(_replicas, 4, recipe.model_dump(), bench.folder / "swap")
+    held, shapes = results[0]
+    assert all(others == held for others, _ in results)
+    assert {"model.embed_tokens.weight", "model.layers.1.self_attn.q_norm.weight"} < held.keys()
+    assert "model.layers.1.self_attn.q_proj.weight" not in held
+    model: Any = meta_model(recipe)
+    assert shapes == {name: tuple(p.shape) for name, p in model.model.named_parameters()}
+
+
+REFUSED_MODELS: list[tuple[str, dict[str, Any], int, str]] = [
+    ("gpt2", {}, 1, "transformers has no plan to cut gpt2 models"),
+    ("olmo2", {}, 1, "rowwise_split_input, which DeepSpeed's AutoTP does not know"),
+    ("apertus", {}, 1, "layers.0.mlp.act_fn.alpha_p of this apertus model works on a shard"),
+    ("llama", {"num_key_value_heads": 1}, 3, "more than the model's 1 key/value heads"),
+    ("llama", {"attention_dropout": 0.1}, 1, "use model.changes.attention_dropout=0.0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "stage", "message"), REFUSED_MODELS)
+def test_a_model_that_would_be_cut_wrongly_is_refused(
+    kind: str, changes: dict[str, Any], stage: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_plan(_on_meta(kind, changes), 2, stage)
+
+
+def _on_meta(kind: str, changes: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoConfig
+
+    from models.hf import HFCausalLM, from_config
+
+    known = AutoConfig.for_model(kind)
+    sizes = {key: value for key, value in (SIZES | changes).items() if hasattr(known, key)}
+    with torch.device("meta"):
+        return HFCausalLM(from_config(AutoConfig.for_model(kind, **sizes)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tested_models_are_accepted(name: str) -> None:
+    values = dict(MODELS[name])
+    check_plan(_on_meta(values.pop("model_type"), values), 2, stage=2)
+
+
+def test_settings_of_the_json_that_go_wrong_are_refused(bench: Workbench) -> None:
+    def refusal(*overrides: str) -> str:
+        recipe = Case("zero3", 2, overrides=("parallel.tensor=2", *overrides)).recipe(bench.folder)
+        with pytest.raises(UserError) as caught:
+            resolve(recipe, plan_layout(recipe, 2))
+        return str(caught.value)
+
+    zero = "deepspeed.zero_optimization."
+    assert "take the block out of the JSON" in refusal("deepspeed.tensor_parallel.autotp_size=2")
+    assert "zero_hpz_partition_size: it makes" in refusal(f"{zero}zero_hpz_partition_size=2")
+    assert "zero_quantized_gradients: it makes" in refusal(f"{zero}zero_quantized_gradients=true")
