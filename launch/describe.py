@@ -11,7 +11,8 @@ from rich.table import Table
 
 from launch.ds_config import resolve
 from launch.layout import plan_layout
-from launch.recipe import ROOT, HFModel, Recipe, load_recipe
+from launch.memory import estimate
+from launch.recipe import ROOT, GPTModel, HFModel, Recipe, load_recipe
 from models.config import count_parameters, flops_per_token
 
 
@@ -52,8 +53,13 @@ def header(file: Path) -> list[str]:
 
 
 def _layout_name(recipe: Recipe) -> str:
+    parallel = recipe.parallel
     parts = [Path(recipe.deepspeed["config"]).stem]
-    parts += [f"{axis} {n}" for axis, n in recipe.parallel if n > 1]
+    if parallel.pipeline > 1:
+        order = "" if parallel.schedule == "1f1b" else f" ({parallel.schedule})"
+        parts.append(f"pipeline {parallel.pipeline}{order}")
+    if parallel.tensor > 1:
+        parts.append(f"tensor {parallel.tensor}" + (" (sequence)" if parallel.sequence else ""))
     return ", ".join(parts)
 
 
@@ -73,7 +79,7 @@ def print_list() -> None:
 
 
 def print_dry_run(recipe: Recipe, world_size: int) -> None:
-    """Resolved recipe and JSON, batch arithmetic, parameter count, layout. Nothing is trained."""
+    """Resolved recipe and JSON, layout and batch, parameters, memory. Nothing is trained."""
     layout = plan_layout(recipe, world_size)
     ds_config = resolve(recipe, layout)
     parameters, flops = model_size(recipe)
@@ -83,6 +89,8 @@ def print_dry_run(recipe: Recipe, world_size: int) -> None:
     print(f"\n# DeepSpeed configuration, resolved\n{json.dumps(ds_config, indent=2)}")
     print(f"\nlayout: {layout.describe()}")
     print(f"parameters: {parameters:,} ({_short(parameters)})")
+    if isinstance(recipe.model, GPTModel):
+        print(estimate(recipe, layout, ds_config).describe())
     print(
         f"tokens: {tokens:,} a step, {tokens * recipe.train.steps:,} in {recipe.train.steps} steps; "
         f"{flops * tokens * recipe.train.steps:.2e} FLOPs"

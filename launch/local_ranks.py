@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,6 +39,20 @@ def choose_ranks(asked: int | None) -> int:
     return ranks
 
 
+def free_port() -> int:
+    """A port on which nobody listens, for the ranks to meet at.
+
+    Below those that the kernel hands out by itself (from 32768 on Linux): between our look and rank 0's
+    use, it would give one of those to any connection on the machine.
+    """
+    choice = random.SystemRandom()
+    while True:
+        port = choice.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_local_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
     """Call `function(*args)` in `world_size` processes, with the environment that a launcher sets.
 
@@ -52,9 +67,7 @@ def run_local_ranks(function: Callable[..., None], world_size: int, *args: Any) 
     Raises:
         UserError: the first one that a rank raised, or where a rank crashed or was killed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes: list[Connection] = []
     processes: list[Any] = []
     try:

@@ -29,6 +29,11 @@ def check_parallel(recipe: "Recipe") -> None:
             "parallel.sequence: it cuts along the sequence over the tensor ranks, and parallel.tensor "
             "is 1; set that to 2 or more, or take the key out"
         )
+    if parallel.tensor > 1 and recipe.train.compile:
+        raise UserError(
+            "train.compile: the collectives between tensor ranks cut the compiled graph to pieces, and "
+            "it is slower than without (models/README.md has the numbers); use train.compile=false"
+        )
     if recipe.model.family == "hf":
         _check_hf(recipe)
         return

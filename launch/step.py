@@ -4,7 +4,6 @@ The dense engine runs forward, backward and step as it is told; the pipeline eng
 them over all stages, of which each rank has one. What comes out is the same on every rank.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -90,8 +89,10 @@ def evaluate(engine: DeepSpeedEngine, share: list[tuple[Tensor, int]]) -> float:
 def _pipeline_losses(engine: PipelineEngine, batches: list[Tensor]) -> list[Tensor]:
     """The loss of each micro batch `[n, sequence + 1]`, on the last stage; elsewhere none."""
     losses: list[Tensor] = []
-    for _, same in itertools.groupby(batches, key=lambda rows: rows.shape):
-        run = list(same)
+    # The last one may be smaller, on some of the ranks; each call is a barrier for all of them.
+    for run in (batches[:-1], batches[-1:]):
+        if not run:
+            continue
         engine.reset_activation_shape()  # stages tell each other shapes only once
         found = engine.eval_batch(
             _pairs(run), reduce_output=None, bcast_loss=False, num_micro_batches=len(run)

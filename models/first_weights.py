@@ -30,8 +30,8 @@ def initialize_parameters(
 
     Each parameter has a generator of its own, seeded by `seed` and its canonical name, and is drawn
     whole. So every layout starts from the same full tensors, whichever of them a rank holds, in
-    whatever order, and whatever part of them. `gather` makes a parameter whole over the data parallel
-    ranks while it is written (ZeRO-3 holds a part of it).
+    whatever order, and whatever part of them (a cut parameter is drawn at its whole shape). `gather`
+    makes a parameter whole over the data parallel ranks while it is written (ZeRO-3 holds a part of it).
 
     Source: GPT-2 (section 2.3) scales residual projections by 1 / sqrt(2 * layers).
     """

@@ -5,7 +5,7 @@ written as `[batch, sequence, hidden]`; `heads * head_dim` is called the query w
 
 With the default `tp` (one rank) every layer is torch's own, and this is the reference for all layouts.
 With more, the two linear pairs of a block are column- and row-parallel (`models/tp_layers.py`), and
-what a rank holds is a shard; `heads`, `ffn` and `vocab` below are then this rank's part of them.
+what a rank holds is a shard. In the shapes below, `/ ranks` marks what is cut.
 
 Parameter names are the canonical names of checkpoints, weights files and parity tables, in every
 layout. Matrices follow torch: `[out, in]`.
@@ -67,7 +67,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm (arXiv:1910.07467), as `LayerNorm` above."""
+    """torch's RMSNorm (arXiv:1910.07467); over `group`, as `LayerNorm` above."""
 
     def __init__(self, width: int, eps: float, group: Group) -> None:
         super().__init__(width, eps)
@@ -97,6 +97,9 @@ class Attention(nn.Module):
     of its own heads in the same order. Where there are fewer key/value heads than ranks, the rows of a
     head are cut over the ranks that share it, and its keys and values are gathered: every rank has the
     whole head to attend to, and no weight is there twice.
+
+    Weights: qkv whole `[(heads + 2 kv_heads) * head_dim, hidden]`, on a rank its rows / ranks; out
+    `[hidden, heads * head_dim]`, on a rank its columns / ranks.
     """
 
     def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
@@ -118,7 +121,11 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-        """`[batch, sequence, hidden]` to the same shape. `table` is None without RoPE."""
+        """`[batch, sequence, hidden]`, the same on every rank, to the same; `table` is None without RoPE.
+
+        With sequence parallelism `[batch, sequence / ranks, hidden]` to the same. In between, each rank
+        attends with heads / ranks over the whole sequence.
+        """
         query, key, value = self.qkv(x).split(self.widths, dim=-1)
         key, value = (all_gather(part, -1, self.tp.key_value_group) for part in (key, value))
         query, key, value = (
@@ -147,7 +154,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """`down(gelu(up(x)))`, or SwiGLU (arXiv:2002.05202): `down(silu(gate(x)) * up(x))`.
 
-    SwiGLU's `up` holds the rows of gate, then those of up, so that one product does both.
+    SwiGLU's `up` holds the rows of gate, then those of up, so that one product does both. Weights: up
+    whole `[ffn, hidden]` (gated: 2 ffn rows), on a rank its rows / ranks, part by part; down
+    `[hidden, ffn]`, on a rank its columns / ranks.
     """
 
     def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
@@ -162,7 +171,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, sequence, hidden]` to the same shape, through `[batch, sequence, ffn]`."""
+        """As `Attention.forward`; in between, `[batch, sequence, ffn / ranks]`."""
         x = self.up(x)
         if self.gated:
             gate, up = x.chunk(2, dim=-1)
@@ -203,7 +212,7 @@ class Embedding(nn.Module):
         self.position = Position(config, tp)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`[batch, sequence]` token ids to `[batch, sequence, hidden]`, as `Position`."""
+        """`[batch, sequence]` token ids to `[batch, sequence, hidden]` (see `Position.forward`)."""
         x: Tensor = self.position(self.token(tokens))
         return x
 
@@ -220,14 +229,22 @@ class Position(nn.Module):
         self.sequence_group = tp.sequence_group
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, sequence, hidden]` to the same; this rank's tokens with sequence parallelism."""
+        """`[batch, sequence, hidden]`, whole on every rank, to the same.
+
+        With sequence parallelism, to this rank's `[batch, sequence / ranks, hidden]`. The weight
+        `[context, hidden]` is whole on every rank.
+        """
         if self.learned:
             x = x + self.weight[: x.shape[1]]
         return scatter_to_group(dropout(x, self.dropout, self.training), 1, self.sequence_group)
 
 
 class Output(ColumnParallelLinear):
-    """The projection onto the vocabulary, `[..., hidden]` to logits `[..., vocab / ranks]`."""
+    """The projection onto the vocabulary.
+
+    Weight: whole `[vocab, hidden]`, on a rank `[ceil(vocab / ranks), hidden]`; hence logits of
+    `[batch, sequence, ceil(vocab / ranks)]`.
+    """
 
     def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
         super().__init__(

@@ -52,7 +52,11 @@ class PipelineBlock(Block):
 def tied_projection(
     embedding: VocabParallelEmbedding, x: Tensor, *, sequence_parallel: bool
 ) -> Tensor:
-    """Logits `[batch, sequence, vocab / ranks]` from the token embedding's own weight."""
+    """Logits from the token embedding's own weight.
+
+    `[batch, sequence, hidden]` (sequence / ranks with sequence parallelism) to
+    `[batch, sequence, ceil(vocab / ranks)]`.
+    """
     return column_parallel(x, embedding.weight, None, embedding.group, sequence_parallel)
 
 
@@ -146,7 +150,10 @@ class GPTPipeline(PipelineModule):
         )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy of a micro batch: `[batch, sequence, vocab / ranks]` to a scalar."""
+        """Mean cross entropy of a micro batch, the same scalar on every tensor rank.
+
+        Logits `[batch, sequence, ceil(vocab / ranks)]`, labels `[batch, sequence]`.
+        """
         return vocab_parallel_cross_entropy(logits, labels, self.config.vocab, self.tp_group)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -156,7 +163,10 @@ class GPTPipeline(PipelineModule):
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This stage's parameters by their names on one device, tied copies as the embedding."""
+        """This stage's parameters by their names on one device, tied copies as the embedding.
+
+        As this rank holds them: cut ones with `parameter.shard`.
+        """
         prefixes = ["embedding.token", "embedding.position"]
         prefixes += [f"blocks.{i}" for i in range(self.config.layers)] + ["norm", "output"]
         for name, parameter in self.named_parameters():

@@ -124,6 +124,8 @@ def use_schedule(engine: PipelineEngine, name: str) -> None:
     def take_loss(self: PipelineEngine, buffer_id: int) -> None:
         self.loss = self.pipe_buffers["losses"][buffer_id]
         self.pipe_buffers["losses"][buffer_id] = None
+        # The engine would hold on to the logits too, of every micro batch, until the next step.
+        self.pipe_buffers["outputs"][buffer_id] = None
 
     engine._train_schedule = MethodType(train_schedule, engine)
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, KeepLoss: keep_loss, TakeLoss: take_loss}

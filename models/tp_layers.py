@@ -58,7 +58,7 @@ class Shard:
         return [sum(self.parts) if d == self.dim else n for d, n in enumerate(local)]
 
     def cut(self, whole: Tensor) -> Tensor:
-        """This rank's shard of a whole parameter."""
+        """This rank's shard of a whole parameter: `sum(parts)` to `sum(widths)` along `dim`."""
         pieces = []
         for part, width in zip(whole.split(self.parts, self.dim), self.widths, strict=True):
             missing = width * self.size - part.shape[self.dim]
@@ -69,7 +69,7 @@ class Shard:
         return torch.cat(pieces, self.dim)
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
-        """The whole parameter, from the shards of all ranks in their order."""
+        """The whole parameter, from the shards of all ranks in their order; padding is dropped."""
         split = [shard.split(self.widths, self.dim) for shard in shards]
         parts = [torch.cat(pieces, self.dim) for pieces in zip(*split, strict=True)]
         whole = [p.narrow(self.dim, 0, n) for p, n in zip(parts, self.parts, strict=True)]
@@ -101,7 +101,8 @@ def column_parallel(
     """`x W^T + b` with the rows of W on different ranks.
 
     `x` is `[batch, sequence, in]`, the same on every rank, or `[batch, sequence / ranks, in]` with
-    `sequence_parallel`; the result is `[batch, sequence, out / ranks]`.
+    `sequence_parallel`; `weight` is this rank's `[out / ranks, in]`, `bias` `[out / ranks]`; the result
+    is `[batch, sequence, out / ranks]`.
     """
     x = all_gather(x, 1, group) if sequence_parallel else copy_to_group(x, group)
     return F.linear(x, weight, bias)

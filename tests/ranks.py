@@ -11,7 +11,6 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -22,6 +21,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
+
+from launch.local_ranks import free_port
 
 Result = TypeVar("Result")
 
@@ -104,7 +105,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         try:
             _start_server()
-            port = _free_port()
+            port = free_port()
             for rank in range(world_size):
                 full = _rank_environment(rank, world_size, port) | dict(env or {})
                 ranks.append(_Rank(rank, Path(folder), payload, full))
@@ -239,13 +240,6 @@ def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": port,
     }
     return {**os.environ, **ONE_THREAD, **{name: str(value) for name, value in own.items()}}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _start_server() -> None:

@@ -46,7 +46,8 @@ def cases() -> list[tuple[str, Case]]:
     for name, (stage, overrides) in LAYOUTS.items():
         for family in ("gpt2", "llama"):
             for precision in ("fp32", "bf16", "fp16") if stage else ("fp32", "bf16"):
-                extra = fp16(stage) if precision == "fp16" else ()
+                extra: tuple[str, ...] = ("data.source=python-stdlib",)
+                extra += fp16(stage) if precision == "fp16" else ()
                 case = Case(
                     f"zero{stage}", 2, precision, family, 2, overrides=(*extra, *overrides),
                     checkpoint_activations=family == "llama",

@@ -15,9 +15,16 @@ import pytest
 from launch import train
 from launch.describe import header, print_dry_run
 from launch.recipe import ROOT, load_recipe
+from tests.recipes.headers import header_ranks
 from tests.recipes.shrink import tiny_hub_model, without_hub
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "recipes/README.md", "ds_configs/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "recipes/README.md",
+    "ds_configs/README.md",
+    "models/README.md",
+)
 SCRIPTS = sorted((ROOT / "scripts").glob("[!_]*.py"))
 # Commands of other people's programs, which are not ours to check.
 FOREIGN = {
@@ -87,6 +94,8 @@ def check_train(words: list[str], hub_model: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", words[at:])
     given = train.parse_arguments()
     if given.config:
+        if "--hostfile" in words[:at]:
+            ranks = header_ranks(ROOT / given.config)
         overrides = given.set + without_hub(load_recipe(given.config, given.set), hub_model)
         print_dry_run(load_recipe(given.config, overrides), given.ranks or ranks)
 

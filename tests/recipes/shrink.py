@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.recipe import ROOT, GPTModel, HFModel, Recipe, load_recipe
+from tests.recipes.headers import header_ranks
 
-STEPS, SEQUENCE, RANKS = 24, 32, 2
+STEPS, SEQUENCE, BATCH = 24, 32, 8
 VOCAB = 320  # the byte tokenizer's 257, padded
 
 QWEN3 = {
@@ -43,27 +44,50 @@ def without_hub(recipe: Recipe, hub_model: Path) -> list[str]:
     return [f"model.path={hub_model}"] if isinstance(recipe.model, HFModel) else []
 
 
+def small_grid(file: Path) -> tuple[int, int, int]:
+    """Ranks, tensor and pipeline size to train a recipe with: a tiny one's own, or two of each axis."""
+    recipe = load_recipe(file)
+    tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
+    if tensor * pipeline == 1:
+        return 2, 1, 1
+    if file.stem.startswith("gpt_tiny"):
+        return header_ranks(file), tensor, pipeline
+    return 4, min(tensor, 2), min(pipeline, 2)
+
+
+def _micro_batch(recipe: Recipe, data: int, pipeline: int) -> int:
+    """More than one accumulation step where the recipe has them; more than the stages in a pipeline."""
+    accumulates = recipe.train.global_batch_size > data * recipe.train.micro_batch_size
+    micro = 2 if accumulates else 4
+    while pipeline > 1 and pipeline * data * micro >= BATCH:
+        micro //= 2
+    return micro
+
+
 def shrunken(file: Path, folder: Path, hub_model: Path) -> Recipe:
     """The recipe with few and narrow layers, local text, few steps, and a batch of 8.
 
     What stays: family and kind of layers, tied or not, recomputed activations, the JSON with all
-    the recipe's changes to it, and more than one accumulation step where the recipe has them.
+    the recipe's changes to it, more than one accumulation step where the recipe has them, and which
+    kinds of parallelism it has, with its schedule.
     """
     recipe = load_recipe(file)
-    accumulates = recipe.train.global_batch_size > RANKS * recipe.train.micro_batch_size
+    ranks, tensor, pipeline = small_grid(file)
     overrides = [
         *without_hub(recipe, hub_model),
         "data.source=python-stdlib", "data.subset=null", "data.streaming=false",
         "data.tokenizer=bytes", f"data.sequence_length={SEQUENCE}", "data.held_out=0.02",
-        f"train.steps={STEPS}", "train.global_batch_size=8",
-        f"train.micro_batch_size={2 if accumulates else 4}", "train.compile=false",
+        f"train.steps={STEPS}", f"train.global_batch_size={BATCH}", "train.compile=false",
+        f"train.micro_batch_size={_micro_batch(recipe, ranks // (tensor * pipeline), pipeline)}",
+        f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}",
         "train.schedule.warmup_steps=2", "train.eval_every=0", "train.eval_batches=1",
         "checkpoint.every=0", "run.tensorboard=false", "run.sample_tokens=4",
         f"run.dir={folder / 'run'}", "deepspeed.optimizer.params.lr=5e-3",
     ]  # fmt: skip
     if isinstance(recipe.model, GPTModel):
         config = recipe.model.gpt_config()
-        overrides += ["model.layers=2", "model.hidden=64", "model.heads=4", f"model.vocab={VOCAB}"]
+        overrides += [f"model.layers={max(2, pipeline)}", "model.hidden=64", "model.heads=4"]
+        overrides += [f"model.vocab={VOCAB}"]
         if config.kv_heads != config.heads:
             overrides += ["model.kv_heads=2"]
         if config.ffn != 4 * config.hidden:

@@ -2,28 +2,40 @@
 
 import math
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from launch.build import build_model, compute_dtype
-from launch.describe import header, print_dry_run
+from launch.describe import header, print_dry_run, print_list
 from launch.ds_config import resolve
 from launch.layout import plan_layout
+from launch.memory import estimate
 from launch.metrics import read_metrics
-from launch.recipe import ROOT, GPTModel, HFModel, load_recipe
+from launch.recipe import ROOT, GPTModel, HFModel, Recipe, load_recipe
 from launch.weights import canonical_names
 from models.config import count_parameters
 from tests.ranks import run_ranks
-from tests.recipes.shrink import RANKS, STEPS, tiny_hub_model, train_recipe, without_hub
+from tests.recipes.headers import header_commands, header_ranks, stated_gpus
+from tests.recipes.shrink import (
+    STEPS,
+    shrunken,
+    small_grid,
+    tiny_hub_model,
+    train_recipe,
+    without_hub,
+)
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 README = ROOT / "recipes" / "README.md"
 TINY = (
     "zero0", "zero1", "zero2", "zero3", "zero2_offload_cpu", "zero3_offload_cpu",
-    "zero3_offload_nvme",
+    "zero3_offload_nvme", "tp2_zero1", "tp2_zero3", "pp2_zero1", "pp2_gpipe_zero1", "pp4_zero1",
+    "pp2_tp2_zero1", "3d_zero1",
+)  # fmt: skip
+PARALLEL = (
+    "gpt_6b7_tp2", "gpt_20b_pp4_tp2", "llama3_8b_tp2", "llama3_70b_pp4_tp8", "gpt_175b_pp16_tp8",
 )  # fmt: skip
 
 each_recipe = pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -34,20 +46,14 @@ def hub_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_hub_model(tmp_path_factory.mktemp("hub") / "tiny-qwen3")
 
 
-def header_commands(file: Path) -> list[list[str]]:
-    return [shlex.split(line) for line in header(file) if line.startswith("deepspeed ")]
-
-
-def header_ranks(file: Path) -> int:
-    """The number of ranks that a recipe's own command starts."""
-    command = header_commands(file)[0]
-    return int(command[command.index("--num_gpus") + 1])
+def is_parallel(recipe: Recipe) -> bool:
+    return recipe.parallel.tensor * recipe.parallel.pipeline > 1
 
 
 def test_the_promised_recipes_exist() -> None:
     names = {file.stem for file in RECIPES}
     assert {f"gpt_tiny_{stem}" for stem in TINY} <= names
-    for size in ("gpt_124m", "gpt_1b3", "gpt_2b7", "gpt_6b7", "llama3_8b", "hf_qwen3"):
+    for size in ("gpt_124m", "gpt_1b3", "gpt_2b7", "gpt_6b7", "llama3_8b", "hf_qwen3", *PARALLEL):
         assert any(name.startswith(size) for name in names), size
 
 
@@ -59,8 +65,13 @@ def test_the_header_says_what_where_and_how(file: Path) -> None:
     assert re.search(r"\d\s*GPUs? of \d+ GiB|CPU", what), "the first line names the hardware"
     first, second = header_commands(file)
     path = f"recipes/{file.name}"
-    assert first[:2] == ["deepspeed", "--num_gpus"]
+    assert first[0] == "deepspeed"
     assert first[3:] == ["launch/train.py", "--config", path]
+    if header_ranks(file) <= 8:  # one host
+        assert first[1] == "--num_gpus"
+    else:
+        assert first[1:3] == ["--hostfile", "hosts.txt"]
+        assert any("host" in line for line in lines[1:] if not line.startswith("deepspeed "))
     assert second[: len(first)] == first and second[len(first)] == "--set"
     overrides = [part for part in second[len(first) :] if part != "--set"]
     assert overrides
@@ -70,6 +81,19 @@ def test_the_header_says_what_where_and_how(file: Path) -> None:
         assert re.search("estimate|measured", " ".join(lines))
 
 
+def layout_names(file: Path) -> list[str]:
+    """What a recipe's parallel block may be called in its name."""
+    parallel = load_recipe(file).parallel
+    stages = f"_pp{parallel.pipeline}" if parallel.pipeline > 1 else ""
+    order = f"_{parallel.schedule}" if parallel.schedule != "1f1b" else ""
+    tensor = f"_tp{parallel.tensor}" if parallel.tensor > 1 else ""
+    names = [stages + order + tensor]
+    data = header_ranks(file) // (parallel.tensor * parallel.pipeline)
+    if min(parallel.tensor, parallel.pipeline, data) > 1:
+        names.append("_3d")
+    return names
+
+
 @each_recipe
 def test_it_is_short_and_named_by_its_layout(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 45
@@ -77,19 +101,45 @@ def test_it_is_short_and_named_by_its_layout(file: Path) -> None:
     stem = Path(recipe.deepspeed["config"]).stem
     assert file.stem.endswith(f"_{stem}")
     assert (ROOT / recipe.deepspeed["config"]).is_file()
-    size = file.stem.removesuffix(f"_{stem}")
+    name = file.stem.removesuffix(f"_{stem}")
     if isinstance(recipe.model, GPTModel):
-        assert size in (f"gpt_{recipe.model.size}", recipe.model.size)
+        size = recipe.model.size
+        assert name in {
+            f"{s}{layout}" for s in (f"gpt_{size}", size) for layout in layout_names(file)
+        }
     else:
-        assert size.startswith("hf_")
+        assert name.startswith("hf_")
 
 
 @each_recipe
 def test_its_batch_divides_on_its_hardware(file: Path) -> None:
     recipe = load_recipe(file)
-    smallest = int(re.findall(r"(\d+)(?: to \d+)? GPUs?", header(file)[0] + "1 GPU")[0])
-    for ranks in {smallest, header_ranks(file)}:
-        assert plan_layout(recipe, ranks).world_size == ranks
+    stated = stated_gpus(file) or (header_ranks(file) if is_parallel(recipe) else 1,)
+    for ranks in {*stated, header_ranks(file)}:
+        layout = plan_layout(recipe, ranks)
+        assert layout.world_size == ranks
+        if layout.pipeline > 1:
+            # With m micro batches, (p - 1) / (m + p - 1) of a step is idle: 11% at m = 8 p.
+            assert layout.accumulation >= layout.pipeline * (8 if stated_gpus(file) else 2)
+
+
+@each_recipe
+def test_the_memory_in_the_header_is_the_estimate(file: Path) -> None:
+    recipe = load_recipe(file)
+    found = re.search(r"\(estimate: (\d+) GiB on (\d+)\)", header(file)[0])
+    if not is_parallel(recipe) or stated_gpus(file) is None:
+        return  # those have been measured, or count buckets too
+    assert found, "the first line says (estimate: X GiB on N)"
+    layout = plan_layout(recipe, int(found[2]))
+    total = estimate(recipe, layout, resolve(recipe, layout)).total
+    assert float(found[1]) == pytest.approx(total, rel=0.1)
+    room = re.search(r"GPUs of (\d+) GiB", header(file)[0])
+    stated = stated_gpus(file)
+    assert room and stated
+    for ranks in stated:
+        layout = plan_layout(recipe, ranks)
+        total = estimate(recipe, layout, resolve(recipe, layout)).total
+        assert total < 0.9 * float(room[1]), f"{ranks} GPUs: {total:.1f} GiB leaves no room"
 
 
 @each_recipe
@@ -100,11 +150,16 @@ def test_dry_run(file: Path, hub_model: Path, capsys: pytest.CaptureFixture[str]
     print_dry_run(recipe, ranks)
     printed = capsys.readouterr().out
     assert f"# recipe {file.stem}, resolved" in printed
-    assert f"layout: {ranks} ranks = pipeline 1 x data {ranks} x tensor 1; global batch " in printed
+    tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
+    data = ranks // (tensor * pipeline)
+    assert (
+        f"layout: {ranks} ranks = pipeline {pipeline} x data {data} x tensor {tensor}; global batch "
+    ) in printed
     assert f'"train_batch_size": {recipe.train.global_batch_size}' in printed
     assert f"in {recipe.train.steps} steps" in printed
     if isinstance(recipe.model, GPTModel):
         assert f"parameters: {count_parameters(recipe.model.gpt_config()):,} (" in printed
+        assert re.search(r"^memory per rank \(estimate\): [\d.]+ GiB = weights ", printed, re.M)
 
 
 @each_recipe
@@ -130,11 +185,21 @@ def test_the_whole_model_on_the_meta_device(file: Path, hub_model: Path) -> None
     assert found == count_parameters(recipe.model.gpt_config())
 
 
+def layout_kind(recipe: Recipe) -> dict[str, object]:
+    """The parallel block, but for how many ranks each kind of parallelism has."""
+    sizes = ("tensor", "pipeline")
+    return {key: value > 1 if key in sizes else value for key, value in recipe.parallel}
+
+
 @each_recipe
 def test_it_trains_in_its_own_layout(
     file: Path, hub_model: Path, tmp_path: Path, built_ops: tuple[str, ...]
 ) -> None:
-    ranks = run_ranks(train_recipe, RANKS, file, tmp_path, hub_model)
+    small, world_size = shrunken(file, tmp_path, hub_model), small_grid(file)[0]
+    assert layout_kind(small) == layout_kind(load_recipe(file))
+    layout = plan_layout(small, world_size)
+    assert layout.pipeline == 1 or layout.accumulation > layout.pipeline
+    ranks = run_ranks(train_recipe, world_size, file, tmp_path, hub_model)
     tiny = file.stem.startswith("gpt_tiny")
     assert {dtype for dtype, _, _ in ranks} == {"torch.float32" if tiny else "torch.bfloat16"}
     stage = re.search(r"_zero(\d)", file.stem)
@@ -172,3 +237,16 @@ def test_the_table_lists_exactly_the_recipes() -> None:
             assert stated, row
             factor = {"M": 1.0, "B": 1000.0}[stated[2]]
             assert float(stated[1]) * factor == pytest.approx(millions, rel=0.01), row
+
+
+def test_the_list_names_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    print_list()
+    printed = capsys.readouterr().out.splitlines()
+    lines = {line.split()[0]: line for line in printed if line[1:2].strip()}  # not continued ones
+    assert lines.keys() >= {file.stem for file in RECIPES}
+    for file in RECIPES:
+        parallel = load_recipe(file).parallel
+        for axis, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
+            assert (f"{axis} {size}" in lines[file.stem]) == (size > 1), lines[file.stem]
+        assert ("(sequence)" in lines[file.stem]) == parallel.sequence
+        assert ("(gpipe)" in lines[file.stem]) == (parallel.schedule == "gpipe")

@@ -1,0 +1,124 @@
+"""Where does a pipeline wait? Time every instruction of real steps on every stage, and draw them.
+
+    python scripts/trace_pipeline.py --config recipes/gpt_tiny_pp2_zero1.yaml
+
+Trains some steps of the recipe's own layout with each schedule (1f1b, gpipe, naive) and each number of
+micro batches, and prints the share of a step that a stage is idle, the bubble, beside the ideal
+(p-1)/(m+p-1), and how many micro batches' activations each stage holds at a time. Writes timeline.png,
+trace.json (for https://ui.perfetto.dev or chrome://tracing) and bubble.csv. Exit code 0; 1 where a
+stage held another number of micro batches than its schedule says; 2: the recipe or the command line
+has to be mended.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from launch.arguments import add_recipe_arguments
+from launch.errors import UserError, one_line_errors
+from launch.local_ranks import choose_ranks
+from launch.recipe import ROOT, Recipe, load_recipe
+from launch.trace_run import check_pipeline, trace
+
+EXIT_DIFFERENT = 1
+
+
+def show(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int, out: Path) -> bool:
+    """Trace, print the tables, write the files; returns whether live micro batches are as expected.
+
+    Raises:
+        UserError: as `launch.trace_run.trace`.
+    """
+    from launch.trace_picture import bubble_table, live_table, save_picture, write_chrome, write_csv
+
+    parallel = recipe.parallel
+    print(
+        f"{recipe.name}: {steps} timed steps each of 3 schedules with {micro_batches} micro batches, "
+        f"on {parallel.pipeline} stages",
+        flush=True,
+    )
+    traced = trace(recipe, ranks, micro_batches, steps)
+    cores = len(os.sched_getaffinity(0))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(bubble_table(traced.runs))
+    console.print(live_table(traced.runs))
+    print(f"device: {traced.device}; {ranks} ranks, {cores} usable cores")
+    if traced.device != "cpu":
+        print("the device was synchronized around every instruction, which costs some overlap")
+    elif ranks > cores:
+        print(
+            f"{ranks} ranks share {cores} cores: passes, and so the measured bubble, include waiting for "
+            "a core"
+        )
+    own = recipe.train.global_batch_size * parallel.tensor * parallel.pipeline
+    own //= ranks * recipe.train.micro_batch_size
+    drawn = min(micro_batches, key=lambda number: (abs(number - own), number))
+    runs = [run for run in traced.runs if run.micro_batches == drawn]
+    out.mkdir(parents=True, exist_ok=True)
+    save_picture(runs, f"{recipe.name} on {traced.device}", out / "timeline.png")
+    write_chrome(runs, out / "trace.json")
+    write_csv(traced.runs, out / "bubble.csv")
+    print(f"picture: {out / 'timeline.png'}; Chrome trace: {out / 'trace.json'}")
+    return all(run.live() == run.expected() for run in traced.runs)
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of micro batches, in order and each once, from for example "2,4,8".
+
+    Raises:
+        UserError: for anything else.
+    """
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise UserError(
+            f"--micro-batches: '{text}' is no list of whole numbers above 0; write for example 2,4,8"
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and do what it says; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="default: one pipeline, tensor x pipeline ranks"
+    )
+    parser.add_argument(
+        "--micro-batches", default="2,4,8,16", metavar="M,M", help="default: 2,4,8,16"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, metavar="K", help="steps to time of each; default: 5"
+    )
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the files; default: runs/trace/<recipe>"
+    )
+    given = parser.parse_args(arguments)
+    with one_line_errors():
+        if given.steps < 1:
+            raise UserError(f"--steps: {given.steps} is too few; use 1 or more")
+        micro_batches = numbers(given.micro_batches)
+        recipe = load_recipe(given.config, given.set)
+        check_pipeline(recipe)
+        one_pipeline = recipe.parallel.tensor * recipe.parallel.pipeline
+        ranks = choose_ranks(one_pipeline if given.ranks is None else given.ranks)
+        out = given.out or ROOT / "runs" / "trace" / recipe.name
+        right = show(recipe, ranks, micro_batches, given.steps, out)
+        return 0 if right else EXIT_DIFFERENT
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # torch's threads need not be waited for

@@ -1,0 +1,229 @@
+"""scripts/trace_pipeline.py: what it says about a pipeline is what its stages did."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launch.recipe import ROOT
+from launch.trace_events import Event, Run, expected_live, idle_shares, peak_live, span
+from launch.trace_run import SavedBytes
+
+SMALL = [
+    "model.layers=2", "model.hidden=32", "data.sequence_length=32", "train.micro_batch_size=2",
+    "train.global_batch_size=6",
+]  # fmt: skip
+# Passes of three micro batches in their order on each of two stages: arXiv:1811.06965, 2104.04473.
+ORDER = {
+    "1f1b": ["F1 F2 B1 F3 B2 B3", "F1 B1 F2 B2 F3 B3"],
+    "gpipe": ["F1 F2 F3 B1 B2 B3", "F1 F2 F3 B1 B2 B3"],
+    "naive": ["F1 B1 F2 B2 F3 B3", "F1 B1 F2 B2 F3 B3"],
+}
+LIVE = {  # by the number of micro batches, on each of two stages
+    "1f1b": {1: [1, 1], 3: [2, 1]},
+    "gpipe": {1: [1, 1], 3: [3, 3]},
+    "naive": {1: [1, 1], 3: [1, 1]},
+}
+TIE = 1e-3  # microseconds: what a number in JSON loses
+
+
+def command(recipe: str, *words: str) -> subprocess.CompletedProcess[str]:
+    line = [
+        sys.executable, str(ROOT / "scripts/trace_pipeline.py"), "--config",
+        str(ROOT / "recipes" / f"{recipe}.yaml"), *words,
+    ]  # fmt: skip
+    return subprocess.run(line, capture_output=True, text=True, timeout=250, check=False)
+
+
+@dataclass
+class Output:
+    printed: str
+    folder: Path
+    rows: list[dict[str, str]]
+    events: list[dict[str, Any]]
+
+    def lanes(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
+        """The boxes of each schedule and stage in the order of time."""
+        found = defaultdict(list)
+        for event in self.events:
+            if event["ph"] == "X":
+                found[event["args"]["schedule"], event["pid"]].append(event)
+        return {lane: sorted(boxes, key=lambda box: box["ts"]) for lane, boxes in found.items()}
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Output:
+    folder = tmp_path_factory.mktemp("trace")
+    done = command(
+        "gpt_tiny_pp2_zero1", "--micro-batches", "3,1", "--steps", "2", "--out", str(folder),
+        "--set", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (folder / "bubble.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    return Output(done.stdout, folder, rows, events)
+
+
+def test_it_prints_the_bubble_beside_the_ideal_one(output: Output) -> None:
+    for word in ("schedule", "measured", "ideal", "idle, by stage", "live micro batches"):
+        assert word in output.printed
+    lines = [line.split() for line in output.printed.splitlines() if "%" in line]
+    shown = {(words[1], int(words[3])): words[9] for words in lines}
+    alone = dict.fromkeys([("1f1b", 1), ("gpipe", 1), ("naive", 1), ("naive", 3)], "50.0%")
+    assert shown == {**alone, ("1f1b", 3): "25.0%", ("gpipe", 3): "25.0%"}
+    assert "2 ranks, " in output.printed
+    assert output.folder.joinpath("timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stages_hold_as_many_micro_batches_as_their_schedule_says(output: Output) -> None:
+    live = defaultdict(list)
+    for row in output.rows:
+        live[row["schedule"], int(row["micro_batches"])].append(int(row["live_micro_batches"]))
+    assert live == {(name, m): found for name, by_m in LIVE.items() for m, found in by_m.items()}
+
+
+def test_saved_bytes_grow_with_the_live_micro_batches(output: Output) -> None:
+    saved = {
+        (row["schedule"], row["micro_batches"], row["stage"]): int(row["saved_bytes"])
+        for row in output.rows
+    }
+    for row in output.rows:
+        one = saved["naive", "1", row["stage"]]
+        assert one > 2 * 32 * 32 * 4, "less than one activation of the residual stream"
+        found = saved[row["schedule"], row["micro_batches"], row["stage"]]
+        assert found == one * int(row["live_micro_batches"])
+
+
+def test_every_micro_batch_passes_each_stage_in_the_schedules_order(output: Output) -> None:
+    found: dict[str, list[str]] = defaultdict(list)
+    for (schedule, _), boxes in sorted(output.lanes().items()):
+        passes = [box["name"].split() for box in boxes if "Pass " in box["name"]]
+        found[schedule].append(" ".join(f"{name[0]}{number}" for name, number in passes))
+    assert found == ORDER
+
+
+def test_boxes_of_a_stage_do_not_overlap(output: Output) -> None:
+    lanes = output.lanes()
+    assert len(lanes) == 6
+    for boxes in lanes.values():
+        for before, after in pairwise(boxes):
+            assert before["ts"] + before["dur"] <= after["ts"] + TIE
+
+
+def test_stages_share_one_clock(output: Output) -> None:
+    """A message arrives after it was sent: with a clock a rank, it would not."""
+    lanes = output.lanes()
+    for schedule in ORDER:
+        first, second = (
+            {box["name"]: (box["ts"], box["ts"] + box["dur"]) for box in lanes[schedule, stage]}
+            for stage in range(2)
+        )
+        for number in (1, 2, 3):
+            here, there = first[f"ForwardPass {number}"], second[f"ForwardPass {number}"]
+            assert here[1] < first[f"SendActivation {number}"][0] + TIE < there[0] + TIE
+            here, there = first[f"BackwardPass {number}"], second[f"BackwardPass {number}"]
+            assert there[1] < second[f"SendGrad {number}"][0] + TIE < here[0] + TIE
+
+
+def test_the_chrome_trace_is_well_formed(output: Output) -> None:
+    names = {e["pid"]: e["args"]["name"] for e in output.events if e["name"] == "process_name"}
+    assert names == {0: "stage 0", 1: "stage 1"}
+    starts: dict[str, dict[str, Any]] = {}
+    ends: dict[str, dict[str, Any]] = {}
+    for event in output.events:
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+        assert event["ph"] in ("X", "M", "s", "f")
+        assert event["ts"] >= 0
+        assert event["ph"] != "X" or event["dur"] > 0
+        if event["ph"] in ("s", "f"):
+            (starts if event["ph"] == "s" else ends)[event["id"]] = event
+    assert len(starts) == 3 * 3 * 2, "a message there and one back, a schedule and micro batch"
+    assert starts.keys() == ends.keys()
+    for name, start in starts.items():
+        assert {start["pid"], ends[name]["pid"]} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "message"),
+    [
+        ("gpt_tiny_zero1", [], "use --config recipes/gpt_tiny_pp2_zero1.yaml, or --set parallel.pip"),
+        ("gpt_tiny_pp2_zero1", ["--micro-batches", "4,0"], "--micro-batches: '4,0' is no list of"),
+        ("gpt_tiny_pp2_zero1", ["--micro-batches", "some"], "--micro-batches: 'some' is no list of"),
+        ("gpt_tiny_pp2_zero1", ["--steps", "0"], "--steps: 0 is too few; use 1 or more"),
+        ("gpt_tiny_pp2_zero1", ["--ranks", "3"], "parallel: 3 ranks are no multiple of tensor 1 x"),
+    ],
+)  # fmt: skip
+def test_it_refuses_in_one_line(recipe: str, words: list[str], message: str) -> None:
+    done = command(recipe, *words)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stderr
+
+
+def by_hand(*rows: str) -> list[list[Event]]:
+    """A step drawn as in models/schedules.py: a letter lasts a second, and `r` is a receive."""
+    kinds = {"r": "RecvActivation", "o": "OptimizerStep"}
+    stages = []
+    for row in rows:
+        events = []
+        for second, sign in enumerate(row):
+            kind = kinds.get(sign, "ForwardPass" if sign.isdigit() else "BackwardPass")
+            if sign != ".":
+                events.append(Event(kind, None, None, 100.0 + second, 101.0 + second))
+        stages.append(events)
+    return stages
+
+
+def test_the_bubble_of_a_timeline_by_hand() -> None:
+    gpipe = by_hand("1234r...ABCDo", "r1234..ABCDro", "r.1234ABCDroo")
+    assert span(gpipe) == (100.0, 112.0), "the optimizer is no part of it"
+    # 4 of 12 seconds a stage: the receives, the waiting and the other stages' passes are idle.
+    assert idle_shares(gpipe) == pytest.approx([4 / 12] * 3)
+    uneven = by_hand("12AB", "r1A.")
+    assert idle_shares(uneven) == pytest.approx([0.0, 0.5])
+    run = Run("1f1b", 2, [uneven, uneven, by_hand("12..AB", "r1A...")], [0, 0])
+    assert run.bubble() == pytest.approx(0.25)
+    assert run.seconds() == pytest.approx(4.0)
+    assert run.idle() == pytest.approx([0.0, 0.5])
+    assert run.typical() is uneven
+
+
+def test_live_micro_batches_of_a_timeline_by_hand() -> None:
+    assert [peak_live(events) for events in by_hand("12A3B4CD", "1A2B3C4D", "1234ABCD")] == [
+        2,
+        1,
+        4,
+    ]
+    assert [expected_live("1f1b", 4, stage, 3) for stage in range(4)] == [3, 3, 2, 1]
+
+
+def test_saved_bytes_leave_out_parameters_and_end_with_the_backward_pass() -> None:
+    layer = nn.Linear(8, 8)
+    saved = SavedBytes(layer)
+    losses = []
+
+    def forward(_: object) -> None:
+        x = torch.rand(4, 8)
+        hidden = layer(x).relu()
+        losses.append((hidden * hidden).sum())
+
+    for _ in range(2):
+        saved.watched(forward)(None)
+    one = 2 * 4 * 8 * 4  # x for the weight's gradient; the hidden state, however often it is used
+    assert saved.live == 2 * one
+    losses[0].backward()
+    assert saved.live == one
+    losses[1].backward()
+    assert (saved.live, saved.peak) == (0, 2 * one)

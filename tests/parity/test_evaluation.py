@@ -1,0 +1,130 @@
+"""Held-out loss, next-token scores and generation are those of one device, in every layout.
+
+And they leave no trace: what is trained after an evaluation is what would have been without it.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import torch
+
+from launch.build import build_model, compute_dtype
+from launch.data import Corpus, held_out_share, prepare, tokens_needed
+from launch.ds_config import resolve
+from launch.layout import plan_layout
+from launch.parity_compare import tolerances_of
+from launch.recipe import Recipe
+from launch.sampling import sample
+from launch.weights import canonical_names
+from tests.parity.cases import STEPS, Case, Workbench
+from tests.parity.kinds import KINDS
+from tests.ranks import run_ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONTEXT = 16
+PROMPT = "abcdefgh abcd"  # two tokens short of the context, so that the window has to move
+NEW_TOKENS = 6
+TOKENS = [[5, 97, 98, 99, 32, 100, 101]]  # no multiple of two or four ranks
+
+
+class Seen(NamedTuple):
+    """What a rank has seen: losses of all steps; after half of them, everything else."""
+
+    losses: list[float]
+    held_out: list[float]
+    logits: "Tensor"
+    text: str
+    weights: "dict[str, Tensor]"
+
+
+def _corpus(recipe: Recipe) -> Corpus:
+    return prepare(recipe.data, tokens_needed=tokens_needed(recipe))
+
+
+def _train_and_look(values: dict[str, Any], scratch: Path, counts: list[int]) -> Seen:
+    """Run in each rank: steps, and between them an evaluation of each number of sequences."""
+    from launch.local_engine import local_engine
+    from launch.step import evaluate, next_token_logits, train_step
+    from launch.weights import full_weights
+    from models.topology import Grid
+
+    held_out, text, weights, logits = [], "", {}, torch.empty(0)
+    with local_engine(values, scratch) as local:
+        recipe, engine = local.recipe, local.engine
+        layout = plan_layout(recipe, local.ranks.world_size)
+        grid = Grid(layout.tensor, layout.pipeline, layout.data)
+        _, data_rank, _ = grid.coordinates(local.ranks.rank)
+        corpus = _corpus(recipe)
+        losses = []
+        for step in range(STEPS):
+            losses.append(train_step(engine, local.batch(step)).loss)
+            if step != STEPS // 2 - 1 or not counts:
+                continue
+            for count in counts:
+                share = held_out_share(
+                    corpus.held_out, CONTEXT, count, layout.micro_batch, data_rank, layout.data
+                )
+                held_out.append(evaluate(engine, share))
+            logits = next_token_logits(engine, torch.tensor(TOKENS), CONTEXT).float()
+            text = sample(
+                lambda tokens: next_token_logits(engine, tokens, CONTEXT),
+                corpus.tokenizer, PROMPT, NEW_TOKENS, CONTEXT, torch.device("cpu"),
+            )  # fmt: skip
+            weights = {name: tensor.clone() for name, tensor in full_weights(engine)}
+    return Seen(losses, held_out, logits, text, weights)
+
+
+def _one_device(recipe: Recipe, dtype: torch.dtype, counts: list[int], layout: Seen) -> Seen:
+    """The same of a plain model with the layout's weights."""
+    corpus = _corpus(recipe)
+    model = build_model(recipe, dtype, "cpu").eval()
+    with torch.no_grad():
+        for name, parameter in canonical_names(model).items():
+            parameter.copy_(layout.weights[name])
+    rows = torch.cat([rows for rows, _ in held_out_share(corpus.held_out, CONTEXT, max(counts), 1)])
+    with torch.no_grad():
+        held_out = [float(model(rows[:n, :-1], rows[:n, 1:])) for n in counts]
+        logits = model(torch.tensor(TOKENS)).float()
+    text = sample(
+        model, corpus.tokenizer, PROMPT, NEW_TOKENS, CONTEXT, torch.device("cpu")
+    )  # fmt: skip
+    return Seen([], held_out, logits, text, {})
+
+
+# Micro batches of two: two whole ones and a smaller one, which two ranks cannot share evenly; and a
+# smaller one alone, of which the second data parallel rank has nothing.
+COUNTS = [5, 1, 4]
+BF16 = ["tp2_dp2_zero3", "pp2_dp2", "pp2_tp2_sequence"]
+CASES = {
+    **{f"{kind}-fp32": case for kind, case in KINDS.items()},
+    **{f"{kind}-bf16": dataclasses.replace(KINDS[kind], precision="bf16") for kind in BF16},
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_evaluation_is_that_of_one_device_and_leaves_no_trace(kind: str, bench: Workbench) -> None:
+    case: Case = CASES[kind]
+    recipe = case.recipe(bench.folder)
+    dtype = compute_dtype(resolve(recipe, plan_layout(recipe, case.ranks)))
+    arguments = (recipe.model_dump(), bench.folder / "swap")
+    seen = run_ranks(_train_and_look, case.ranks, *arguments, COUNTS)
+    expected = _one_device(recipe, dtype, COUNTS, seen[0])
+
+    limits = tolerances_of(recipe, dtype)
+    assert seen[0].held_out == pytest.approx(expected.held_out, rel=limits.first_loss, abs=0)
+    apart = float((seen[0].logits - expected.logits).norm() / expected.logits.norm())
+    assert seen[0].logits.shape == expected.logits.shape
+    assert apart <= limits.matrices
+    if dtype is torch.float32:
+        assert seen[0].text == expected.text
+    for other in seen[1:]:
+        assert other.held_out == seen[0].held_out
+        assert torch.equal(other.logits, seen[0].logits)
+        assert other.text == seen[0].text
+
+    undisturbed = run_ranks(_train_and_look, case.ranks, *arguments, [])
+    assert [rank.losses for rank in seen] == [rank.losses for rank in undisturbed]

@@ -1,0 +1,269 @@
+"""The estimate of memory against what is really built, kept and measured."""
+
+import gc
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from launch.describe import print_dry_run
+from launch.ds_config import resolve
+from launch.layout import plan_layout
+from launch.memory import (
+    Memory,
+    block_bytes,
+    estimate,
+    micro_batches_alive,
+    stage_parameters,
+)
+from launch.recipe import ROOT, GPTModel, Recipe, load_recipe
+from models.config import SIZES, GPTConfig, count_parameters
+from models.gpt import Block, rotary_table
+from models.pipeline import layer_specs, stage_bounds
+from models.schedules import SCHEDULES
+from models.topology import Grid, Topology
+from tests.ranks import run_ranks
+from tests.recipes.headers import header_ranks
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+CUT = [file for file in RECIPES if re.search(r"_(tp|pp)\d|_3d", file.stem)]
+TINY = SIZES["tiny"]
+LLAMA = SIZES["tiny_llama"]
+
+
+def estimate_of(recipe: Recipe, ranks: int) -> Memory:
+    layout = plan_layout(recipe, ranks)
+    return estimate(recipe, layout, resolve(recipe, layout))
+
+
+def built_stages(file: Path) -> list[tuple[int, int]]:
+    """Each stage's parameters as held by one of its ranks, and those of them before they were cut.
+
+    Built on the meta device as that rank of the recipe's whole grid, the others pretended.
+    """
+    recipe = load_recipe(file)
+    assert isinstance(recipe.model, GPTModel)
+    config, parallel = recipe.model.gpt_config(), recipe.parallel
+    world_size = header_ranks(file)
+    grid = Grid(
+        parallel.tensor, parallel.pipeline, world_size // (parallel.tensor * parallel.pipeline)
+    )
+    bounds = [0, config.layers + 4]
+    if parallel.pipeline > 1:
+        bounds = stage_bounds(config, parallel.pipeline, parallel.partition)
+    found = []
+    for stage, (first, last) in enumerate(pairwise(bounds)):
+        rank = grid.rank(stage, grid.data - 1, stage % parallel.tensor)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        topology = Topology(grid, max(1, parallel.tensor // config.kv_heads))
+        tp = topology.tensor_parallel(parallel.sequence)
+        with torch.device("meta"):
+            layers = [spec.build() for spec in layer_specs(config, tp, False)[first:last]]
+        if config.tied and parallel.pipeline == 1:
+            layers.pop()  # the embedding again
+        parameters = [p for layer in layers for p in layer.parameters()]
+        whole = [
+            p.shard.whole_shape(p.shape) if hasattr(p, "shard") else p.shape for p in parameters
+        ]
+        found.append(
+            (sum(p.numel() for p in parameters), sum(torch.Size(s).numel() for s in whole))
+        )
+        dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("file", CUT, ids=lambda file: file.stem)
+def test_parameters_of_each_stage_are_those_of_the_built_shards(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert isinstance(recipe.model, GPTModel)
+    config, parallel = recipe.model.gpt_config(), recipe.parallel
+    bounds = [0, config.layers + 4]
+    if parallel.pipeline > 1:
+        bounds = stage_bounds(config, parallel.pipeline, parallel.partition)
+    (built,) = run_ranks(built_stages, 1, file)
+    expected = [stage_parameters(config, parallel.tensor, *ends) for ends in pairwise(bounds)]
+    assert [held for held, _ in built] == expected
+    memory = estimate_of(recipe, header_ranks(file))
+    assert memory.parameters == expected[memory.stage]
+    copies = config.vocab * config.hidden if config.tied and parallel.pipeline > 1 else 0
+    assert sum(whole for _, whole in built) == count_parameters(config) + copies
+
+
+def test_parameters_with_a_padded_vocabulary_and_norms_of_queries() -> None:
+    config = replace(LLAMA, vocab=321, qk_norm=True, tied=True)
+    whole = stage_parameters(config, 1, 0, config.layers + 4)
+    assert whole == count_parameters(config)
+    halves = stage_parameters(config, 2, 0, config.layers + 4)
+    norms = config.layers * 2 * (config.hidden + config.head_dim) + config.hidden
+    assert 2 * halves == whole + config.hidden + norms  # one row of padding
+
+
+# On a CPU torch composes RMSNorm of operations that keep fp32 copies, and attention with dropout keeps
+# its scores: neither is so on a GPU, and neither is in here.
+FAMILIES = {
+    "gpt": TINY,
+    "llama": replace(LLAMA, norm="layernorm"),
+    "one key/value head": replace(LLAMA, norm="layernorm", kv_heads=1),
+}
+BATCH, SEQUENCE = 2, 64
+
+# Wide enough that what is not weights, gradients and optimizer does not matter.
+WIDE = ROOT / "recipes" / "gpt_tiny_zero1.yaml"
+WIDER = ["model.hidden=256", "data.sequence_length=32", "train.micro_batch_size=2"]
+NO_BUCKETS = "deepspeed.zero_optimization.reduce_bucket_size=1000"
+
+
+def kept_bytes(config: GPTConfig, sequence_parallel: bool, dtype: torch.dtype) -> float:
+    """Bytes a token that a real block keeps for its backward pass: storages, each counted once."""
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    topology = Topology(Grid(size, 1, 1), max(1, size // config.kv_heads))
+    tp = topology.tensor_parallel(sequence_parallel)
+    block = Block(config, tp).to(dtype)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    table = None
+    if config.position == "rope":
+        table = rotary_table(config, SEQUENCE, torch.device("cpu"))
+        own |= {part.untyped_storage().data_ptr() for part in table}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        # The tensor too: a storage that is freed would leave its address to another.
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = SEQUENCE // size if sequence_parallel else SEQUENCE
+    x = torch.randn(BATCH, tokens, config.hidden, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = block(x, table)
+    total = sum(
+        tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own
+    )
+    out.sum().backward()
+    return total / (BATCH * SEQUENCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=str
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_keeps_the_bytes_of_the_formula(
+    family: str, ranks: int, sequence_parallel: bool, dtype: torch.dtype
+) -> None:
+    config = FAMILIES[family]
+    expected = block_bytes(config, ranks, sequence_parallel, dtype.itemsize)
+    for found in run_ranks(kept_bytes, ranks, config, sequence_parallel, dtype):
+        # Norms' statistics, attention's log-sums, dropout's offsets: a few numbers a token.
+        assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_the_formula_is_that_of_the_paper() -> None:
+    """arXiv:2205.05198, equations 1 and 2, without attention's scores and dropout's masks."""
+    config, h = SIZES["6b7"], SIZES["6b7"].hidden
+    assert block_bytes(config, 1, False, 2) == h * 32
+    assert block_bytes(replace(config, dropout=0.1), 1, False, 2) == h * 34
+    assert block_bytes(config, 4, False, 2) == h * (8 + 24 / 4)
+    assert block_bytes(config, 4, True, 2) == h * (4 + 28 / 4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("stages", "micro_batches"), [(4, 2), (4, 9), (2, 4)])
+def test_micro_batches_alive_are_those_of_the_schedule(
+    schedule: str, stages: int, micro_batches: int
+) -> None:
+    for stage in range(stages):
+        alive = most = 0
+        for instructions in SCHEDULES[schedule](micro_batches, stages, stage).steps():
+            for instruction in instructions:
+                alive += {"ForwardPass": 1, "BackwardPass": -1}.get(instruction.name, 0)
+                most = max(most, alive)
+        assert micro_batches_alive(schedule, stages, stage, micro_batches) == most
+
+
+def state_bytes(config: str, overrides: list[str]) -> float:
+    """Bytes of an engine's tensors when its second step has all gradients and starts on the update."""
+    from launch.distributed import connect
+    from launch.engine import build_engine, make_topology
+    from launch.step import train_step
+
+    recipe = load_recipe(WIDE, [*WIDER, f"deepspeed.config={config}", *overrides])
+    ranks = connect()
+    layout = plan_layout(recipe, ranks.world_size)
+    topology = make_topology(recipe, layout)
+    engine = build_engine(recipe, resolve(recipe, layout), ranks, topology)
+    take_model_step = engine._take_model_step
+    seen = []
+
+    def watched(*arguments: object) -> None:
+        gc.collect()
+        tensors = [item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter)]
+        tensors += [p.grad for p in engine.module.parameters() if p.grad is not None]
+        # A flat buffer and the views into it are one storage.
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        seen.append(sum(storages.values()))
+        take_model_step(*arguments)
+
+    engine._take_model_step = watched
+    shape = (layout.accumulation, layout.micro_batch, recipe.data.sequence_length + 1)
+    for _ in range(2):
+        train_step(engine, torch.randint(0, 257, shape))
+    return float(seen[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        ("ds_configs/zero1.json", ["deepspeed.bf16.enabled=true"]),
+        ("ds_configs/zero1.json", ["deepspeed.bf16.enabled=true", "parallel.tensor=2"]),
+        ("ds_configs/zero1.json", ["deepspeed.bf16.enabled=true", "parallel.pipeline=2"]),
+        ("ds_configs/zero0_fp32.json", ["deepspeed.bf16=null"]),
+        ("ds_configs/zero2.json", ["deepspeed.bf16.enabled=true", NO_BUCKETS]),
+        ("ds_configs/zero3.json", ["deepspeed.bf16.enabled=true", NO_BUCKETS]),
+    ],
+    ids=lambda value: str(value),
+)
+def test_weights_gradients_and_optimizer_are_as_large_as_said(
+    config: str, overrides: list[str]
+) -> None:
+    memory = estimate_of(load_recipe(WIDE, [*WIDER, f"deepspeed.config={config}", *overrides]), 2)
+    expected = (memory.weights + memory.gradients + memory.optimizer) * 2**30
+    found = max(run_ranks(state_bytes, 2, config, overrides))
+    assert found == pytest.approx(expected, rel=0.03)
+
+
+def test_offload_moves_the_optimizer_and_its_gradients() -> None:
+    folder = ROOT / "recipes"
+    on_device = estimate_of(load_recipe(folder / "gpt_tiny_zero2.yaml"), 2)
+    moved = estimate_of(load_recipe(folder / "gpt_tiny_zero2_offload_cpu.yaml"), 2)
+    assert on_device.host == 0 and moved.gradients == moved.optimizer == 0
+    assert moved.host == pytest.approx(on_device.gradients + on_device.optimizer)
+    assert moved.weights == on_device.weights and "; offloaded " in moved.describe()
+    everything = estimate_of(load_recipe(folder / "gpt_tiny_zero3_offload_cpu.yaml"), 2)
+    assert everything.weights == 0 and everything.total == everything.activations
+
+
+def test_it_agrees_with_the_measured_peak() -> None:
+    """GPT-2 124M on an H200, not compiled: the row of recipes/README.md."""
+    readme = (ROOT / "recipes" / "README.md").read_text()
+    row = re.search(r"^\| 1 \| no \|.*\| ([\d.]+) \|$", readme, re.M)
+    assert row
+    recipe = load_recipe(ROOT / "recipes" / "gpt_124m_zero1.yaml", ["train.global_batch_size=64"])
+    assert estimate_of(recipe, 1).total == pytest.approx(float(row[1]), rel=0.05)
+
+
+def test_the_dry_run_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "gpt_175b_pp16_tp8_zero1.yaml")
+    print_dry_run(recipe, 1024)
+    memory = estimate_of(recipe, 1024)
+    assert memory.describe() in capsys.readouterr().out.splitlines()
+    parts = re.findall(r"[\d.]+(?= \+| GiB|;)", memory.describe().partition("; fullest")[0] + ";")
+    assert float(parts[0]) == pytest.approx(sum(float(part) for part in parts[1:]), rel=0.01)
