@@ -43,10 +43,7 @@ OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no equals sign": (("train.steps",), ("--set train.steps", "key=value")),
     "sequence too long": (("data.sequence_length=64",), ("data.sequence_length", "64", "32")),
     "tensor parallel": (("parallel.tensor=3",), ("parallel.tensor", "use 1 or 2")),
-    "pipeline with ZeRO-2": (
-        ("parallel.pipeline=2", "deepspeed.config=ds_configs/zero2.json"),
-        ("parallel.pipeline", "ds_configs/zero1.json"),
-    ),
+    "ranks and stages": (("parallel.pipeline=2",), ("1 ranks", "start a multiple of 2 ranks")),
     "schedule": (("train.schedule.decay=cosinus",), ("train.schedule.decay", "cosine")),
     "micro batch": (
         ("train.micro_batch_size=3",),

@@ -1,0 +1,90 @@
+"""What does not compose is refused in words, with the nearest layout that does."""
+
+import re
+
+import pytest
+
+from launch.ds_config import resolve
+from launch.errors import UserError
+from launch.layout import plan_layout
+from launch.recipe import ROOT, load_recipe
+
+TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
+SEQUENCE = "parallel.sequence=true"
+
+
+def read(stem: str, *overrides: str, ranks: int = 4) -> dict[str, object]:
+    """As `launch/train.py` reads a recipe, before any model is built."""
+    name = stem if stem.startswith("hf") else f"gpt_tiny_{stem}"
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides)
+    return resolve(recipe, plan_layout(recipe, ranks))
+
+
+REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "pipeline with ZeRO-2": (
+        "zero2", (PIPELINE,), r"parallel.pipeline: .* stage 2: .* use deepspeed.config=ds_configs/zero1",
+    ),
+    "pipeline with ZeRO-3": ("zero3", (PIPELINE, TENSOR), r"parallel.pipeline: .* stage 3"),
+    "pipeline in bf16 at stage 0": (
+        "zero0", (PIPELINE, "deepspeed.bf16.enabled=true", "deepspeed.data_types=null"),
+        r"bf16.enabled: a pipeline at ZeRO stage 0 .* use deepspeed.config=ds_configs/zero1.json",
+    ),
+    "no such partition": (
+        "zero1", (PIPELINE, "parallel.partition=best"), r"parallel.partition: 'best' is not parameters",
+    ),
+    "a partition that matches nothing": (
+        "zero1", (PIPELINE, "parallel.partition='type:mlp'"), r"parallel.partition: 0 layers match 'mlp'",
+    ),
+    "one kind of cut messages": (
+        "zero1", (PIPELINE, TENSOR, "deepspeed.pipeline.pipe_partitioned=false"),
+        r"pipeline: with pipe_partitioned and grad_partitioned unequal, DeepSpeed stops or hangs",
+    ),
+    "messages cut twice": (
+        "zero1", (PIPELINE, TENSOR, SEQUENCE, "deepspeed.pipeline.pipe_partitioned=true"),
+        r"pipeline.pipe_partitioned: with parallel.sequence, .* cut over the tensor ranks already",
+    ),
+    "DeepSpeed's own recomputation": (
+        "zero1", (PIPELINE, "deepspeed.pipeline.activation_checkpoint_interval=1"),
+        r"pipeline.activation_checkpoint_interval: use model.checkpoint_activations",
+    ),
+    "AutoTP beside our own": (
+        "zero1", (TENSOR, "deepspeed.tensor_parallel.autotp_size=2"), r"tensor_parallel: .* take the",
+    ),
+    "hpZ over tensor ranks": (
+        "zero3", (TENSOR, "deepspeed.zero_optimization.zero_hpz_partition_size=2"),
+        r"zero_hpz_partition_size: it makes groups of neighbouring ranks",
+    ),
+    "compiled tensor ranks": ("zero1", (TENSOR, "train.compile=true"), r"train.compile: .*=false"),
+    "heads": ("zero1", ("parallel.tensor=3",), r"parallel.tensor: 3 ranks do not .* use 2 or 4"),
+    "too many key/value heads": (
+        "zero1", ("parallel.tensor=4", "model.heads=12", "model.hidden=384", "model.kv_heads=3"),
+        r"parallel.tensor: 4 ranks do not divide the model's 12 heads, 3 key/value heads .* use 3 or 6",
+    ),
+    "sequence length": (
+        "zero1", (TENSOR, SEQUENCE, "data.sequence_length=255"), r"parallel.sequence: .* use 254",
+    ),
+    "hf in stages": ("hf_qwen3_0b6_zero2", (PIPELINE,), r"parallel.pipeline: .* use parallel.tensor, or a"),
+    "hf along the sequence": ("hf_qwen3_0b6_zero2", (TENSOR, SEQUENCE), r"parallel.sequence: DeepSpeed's AutoTP"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_in_one_line(case: str) -> None:
+    stem, overrides, message = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        read(stem, *overrides)
+    assert "\n" not in str(caught.value)
+    assert re.search(message, str(caught.value)), caught.value
+
+
+def test_what_composes_is_accepted() -> None:
+    for stem, overrides in (
+        ("zero0", (PIPELINE,)), ("zero1", (PIPELINE, TENSOR)), ("zero3", (TENSOR, SEQUENCE)),
+        ("zero2_offload_cpu", (TENSOR,)), ("zero1", ("parallel.tensor=4", "model.kv_heads=2")),
+    ):  # fmt: skip
+        read(stem, *overrides)
+
+
+def test_with_sequence_parallelism_stages_send_what_they_have() -> None:
+    config = read("zero1", PIPELINE, TENSOR, SEQUENCE)
+    assert config["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
