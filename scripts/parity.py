@@ -75,7 +75,7 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
         result = read_trace(file)
 
     dtype = compute_dtype(ds_config)
-    limits = tolerances_of(recipe, dtype)
+    limits = tolerances_of(recipe, ds_config)
     differences = compare(reference, result, limits, key_biases(recipe))
     name = f"{recipe.name}, {ranks} ranks, {str(dtype).removeprefix('torch.')}"
     picture = out / "parity.png"

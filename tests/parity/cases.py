@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.build import compute_dtype
 from launch.data import Batches, prepare, tokens_needed
 from launch.ds_config import resolve
 from launch.layout import plan_layout
@@ -157,8 +156,7 @@ class Workbench:
         clipped = [norm > case.clip for norm in reference.grad_norms]
         assert all(clipped) if case.clip == CLIP else not any(clipped)
         single = recipe.on_one_device()
-        dtype = compute_dtype(resolve(single, plan_layout(single, 1)))
-        limits = tolerances_of(recipe, dtype)
+        limits = tolerances_of(recipe, resolve(single, plan_layout(single, 1)))
         return compare(reference, layout, limits, key_biases(recipe))
 
 

@@ -109,12 +109,13 @@ CASES = {
 def test_evaluation_is_that_of_one_device_and_leaves_no_trace(kind: str, bench: Workbench) -> None:
     case: Case = CASES[kind]
     recipe = case.recipe(bench.folder)
-    dtype = compute_dtype(resolve(recipe, plan_layout(recipe, case.ranks)))
+    ds_config = resolve(recipe, plan_layout(recipe, case.ranks))
+    dtype = compute_dtype(ds_config)
     arguments = (recipe.model_dump(), bench.folder / "swap")
     seen = run_ranks(_train_and_look, case.ranks, *arguments, COUNTS)
     expected = _one_device(recipe, dtype, COUNTS, seen[0])
 
-    limits = tolerances_of(recipe, dtype)
+    limits = tolerances_of(recipe, ds_config)
     assert seen[0].held_out == pytest.approx(expected.held_out, rel=limits.first_loss, abs=0)
     apart = float((seen[0].logits - expected.logits).norm() / expected.logits.norm())
     assert seen[0].logits.shape == expected.logits.shape

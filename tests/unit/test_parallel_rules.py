@@ -64,7 +64,9 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero1", (TENSOR, SEQUENCE, "data.sequence_length=255"), r"parallel.sequence: .* use 254",
     ),
     "hf in stages": ("hf_qwen3_0b6_zero2", (PIPELINE,), r"parallel.pipeline: .* use parallel.tensor, or a"),
-    "hf along the sequence": ("hf_qwen3_0b6_zero2", (TENSOR, SEQUENCE), r"parallel.sequence: DeepSpeed's AutoTP"),
+    "hf along the sequence": (
+        "hf_qwen3_0b6_zero2", (TENSOR, SEQUENCE), r"parallel.sequence: DeepSpeed's AutoTP",
+    ),
 }  # fmt: skip
 
 
