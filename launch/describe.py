@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from rich.console import Console
@@ -14,6 +14,9 @@ from launch.layout import plan_layout
 from launch.memory import estimate
 from launch.recipe import ROOT, GPTModel, HFModel, Recipe, load_recipe
 from models.config import count_parameters, flops_per_token
+
+if TYPE_CHECKING:
+    from models.hf import HFCausalLM
 
 
 def model_size(recipe: Recipe) -> tuple[int, float]:
@@ -82,6 +85,12 @@ def print_dry_run(recipe: Recipe, world_size: int) -> None:
     """Resolved recipe and JSON, layout and batch, parameters, memory. Nothing is trained."""
     layout = plan_layout(recipe, world_size)
     ds_config = resolve(recipe, layout)
+    if isinstance(recipe.model, HFModel) and layout.tensor > 1:
+        from launch.autotp import check_plan
+        from launch.build import zero_stage
+        from launch.parity import meta_model
+
+        check_plan(cast("HFCausalLM", meta_model(recipe)), layout.tensor, zero_stage(ds_config))
     parameters, flops = model_size(recipe)
     tokens = recipe.train.global_batch_size * recipe.data.sequence_length
     print(f"# recipe {recipe.name}, resolved")

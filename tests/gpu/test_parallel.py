@@ -1,8 +1,8 @@
 """Every kind of layout on two GPUs over NCCL, in bf16 and fp16, equals one GPU.
 
-    python -m pytest tests/gpu/test_parallel.py -m gpu -s | grep '^|'
+    make test-gpu PYTEST_ARGS="-k two_gpus -s"
 
-prints the table of models/README.md.
+prints the rows of the table in models/README.md.
 """
 
 import shutil

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from launch.autotp import check_plan, whole_shape
+from launch.describe import print_dry_run
 from launch.ds_config import resolve
 from launch.errors import UserError
 from launch.layout import plan_layout
 from launch.parity import Trace, meta_model, run_layout
-from launch.recipe import Recipe, recipe_from_dict
+from launch.recipe import Recipe, load_recipe, recipe_from_dict
 from tests.parity.cases import NO_CLIP, Case, Workbench
 from tests.parity.planting import plant
 from tests.ranks import run_ranks
@@ -180,6 +181,14 @@ def test_a_model_that_would_be_cut_wrongly_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         check_plan(_on_meta(kind, changes), 2, stage)
+
+
+def test_a_dry_run_refuses_it_too(tmp_path: Path) -> None:
+    (tmp_path / "gpt2.json").write_text('{"model_type": "gpt2", "n_embd": 32, "n_layer": 1}')
+    model = f"model.path={tmp_path / 'gpt2.json'}"
+    recipe = load_recipe("recipes/hf_qwen3_0b6_zero2.yaml", [model, "parallel.tensor=2"])
+    with pytest.raises(UserError, match="transformers has no plan to cut gpt2 models"):
+        print_dry_run(recipe, 2)
 
 
 def _on_meta(kind: str, changes: dict[str, Any]) -> Any:
