@@ -184,7 +184,9 @@ def test_a_model_that_would_be_cut_wrongly_is_refused(
 
 
 def test_a_dry_run_refuses_it_too(tmp_path: Path) -> None:
-    (tmp_path / "gpt2.json").write_text('{"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 1}')
+    (tmp_path / "gpt2.json").write_text(
+        '{"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 1}'
+    )
     model = f"model.path={tmp_path / 'gpt2.json'}"
     recipe = load_recipe("recipes/hf_qwen3_0b6_zero2.yaml", [model, "parallel.tensor=2"])
     with pytest.raises(UserError, match="transformers has no plan to cut gpt2 models"):
