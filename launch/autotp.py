@@ -43,6 +43,8 @@ def check_plan(model: "HFCausalLM", tensor: int, stage: int) -> None:
     Raises:
         UserError: naming the reason, and the nearest layout that works.
     """
+    from models.hf import dropouts  # with it comes transformers, which other runs need not load
+
     config: Any = model.model.config
     kind, plan = config.model_type, _get_hf_tp_plan(model.model) or {}
     unknown = sorted(set(plan.values()) - SUPPORTED_STYLES)
@@ -67,18 +69,11 @@ def check_plan(model: "HFCausalLM", tensor: int, stage: int) -> None:
             f"parallel.tensor: {tensor} ranks are more than the model's {heads} key/value heads, and "
             f"ZeRO stage 3 fails on the empty shards; use {heads} or fewer, or stage 0, 1 or 2"
         )
-    for key, value in config.to_dict().items():
-        if _is_dropout(key, value):
-            raise UserError(
-                f"model.changes.{key}: it is {value}, and under AutoTP ranks with uneven shards would "
-                f"draw different masks for what they all hold; use model.changes.{key}=0.0"
-            )
-
-
-def _is_dropout(key: str, value: Any) -> bool:
-    heads = ("summary", "classifier")  # of other tasks; a language model lacks them
-    named = "dropout" in key or key.endswith("pdrop")
-    return named and not key.startswith(heads) and isinstance(value, float) and value > 0.0
+    for key, value in dropouts(config).items():
+        raise UserError(
+            f"model.changes.{key}: it is {value}, and under AutoTP ranks with uneven shards would draw "
+            f"different masks for what they all hold; use model.changes.{key}=0.0"
+        )
 
 
 def _matching(model: nn.Module, plan: dict[str, str], styles: tuple[str, ...]) -> list[str]:

@@ -87,15 +87,10 @@ def _dropouts(recipe: Recipe) -> dict[str, float]:
     if not isinstance(recipe.model, HFModel):
         value = recipe.model.gpt_config().dropout
         return {"model.dropout": value} if value else {}
+    from models.hf import dropouts
+
     model: Any = meta_model(recipe)
-    return {
-        f"model.changes.{key}": value
-        for key, value in model.model.config.to_dict().items()
-        if ("dropout" in key or key.endswith("pdrop"))
-        and not key.startswith(("summary", "classifier"))  # heads that a language model lacks
-        and isinstance(value, float)
-        and value > 0.0
-    }
+    return {f"model.changes.{key}": value for key, value in dropouts(model.model.config).items()}
 
 
 def meta_model(recipe: Recipe) -> "nn.Module":

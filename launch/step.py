@@ -14,8 +14,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
+from models.gpt import GPT
 from models.pipeline import GPTPipeline
-from models.tp_ops import gather_from_group
+from models.tp_ops import gather_from_group, group_size
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,15 @@ def next_token_logits(engine: DeepSpeedEngine, tokens: Tensor, context: int) -> 
     """
     engine.eval()
     count = tokens.shape[1]
-    # To the length of training: sequence parallelism needs a multiple of the tensor size, and what
-    # follows a token has no part in its logits.
-    padded = torch.nn.functional.pad(tokens, (0, context - count))
+    # What follows a token has no part in its logits, so that padding behind them changes none.
     if not isinstance(engine, PipelineEngine):
+        cut = group_size(engine.module.tp.sequence_group) if isinstance(engine.module, GPT) else 1
+        padded = torch.nn.functional.pad(tokens, (0, -count % cut))
         scores: Tensor = engine(padded)[:, :count].contiguous()
         dist.broadcast(scores, 0)
         return scores
+    # Stages send each other tensors of one length, that of training.
+    padded = torch.nn.functional.pad(tokens, (0, context - count))
     module: GPTPipeline = engine.module
     engine.reset_activation_shape()
     _, logits = engine.eval_batch(

@@ -14,6 +14,8 @@ import statistics
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from launch.memory import micro_batches_alive
+
 FORWARD, BACKWARD = "ForwardPass", "BackwardPass"
 
 
@@ -58,17 +60,6 @@ def peak_live(events: list[Event]) -> int:
     return peak
 
 
-def expected_live(schedule: str, stages: int, stage: int, micro_batches: int) -> int:
-    """What `peak_live` is for a schedule.
-
-    Raises:
-        KeyError: for an unknown schedule.
-    """
-    return {
-        "1f1b": min(stages - stage, micro_batches), "gpipe": micro_batches, "naive": 1
-    }[schedule]  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Run:
     """The timed steps of one schedule with one number of micro batches.
@@ -104,7 +95,7 @@ class Run:
         """What `live` has to be."""
         stages = len(self.saved_bytes)
         return [
-            expected_live(self.schedule, stages, stage, self.micro_batches)
+            micro_batches_alive(self.schedule, stages, stage, self.micro_batches)
             for stage in range(stages)
         ]
 

@@ -27,6 +27,18 @@ def read_config(path: str, changes: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
+def dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """The keys of a configuration that switch dropout on, with their probabilities."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if ("dropout" in key or key.endswith("pdrop"))
+        and not key.startswith(("summary", "classifier"))  # heads that a language model lacks
+        and isinstance(value, float)
+        and value > 0.0
+    }
+
+
 class HFCausalLM(nn.Module):
     """A transformers model that returns logits, or the mean loss where labels are given.
 

@@ -37,10 +37,9 @@ class PipelineBlock(Block):
         self.config, self.tp = config, tp
         self.checkpoint_activations = checkpoint_activations
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """`[batch, sequence, hidden]` to the same shape; sequence / ranks with sequence parallelism."""
-        table = None
-        if self.config.position == "rope":
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """As `Block.forward`; without a table, it makes the one that the config's positions need."""
+        if table is None and self.config.position == "rope":
             cut = self.tp.size if self.tp.sequence_parallel else 1
             table = rotary_table(self.config, x.shape[1] * cut, x.device)
         if self.checkpoint_activations and self.training:

@@ -16,6 +16,7 @@ mark are the same on every rank and count once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,8 @@ def _cut_parameter(
     local = [sum(shard.widths) if d == dim else n for d, n in enumerate(shape)]
     parameter = nn.Parameter(torch.empty(local))
     if shard.size > 1:
-        parameter.shard = shard  # type: ignore[attr-defined]
-        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        marked: Any = parameter  # torch's type does not know of marks
+        marked.shard, marked.tensor_model_parallel = shard, True
     return parameter
 
 

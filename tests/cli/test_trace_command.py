@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from launch.memory import micro_batches_alive
 from launch.recipe import ROOT
-from launch.trace_events import Event, Run, expected_live, idle_shares, peak_live, span
+from launch.trace_events import Event, Run, idle_shares, peak_live, span
 from launch.trace_run import SavedBytes
 
 SMALL = [
@@ -206,7 +207,7 @@ def test_live_micro_batches_of_a_timeline_by_hand() -> None:
         1,
         4,
     ]
-    assert [expected_live("1f1b", 4, stage, 3) for stage in range(4)] == [3, 3, 2, 1]
+    assert [micro_batches_alive("1f1b", 4, stage, 3) for stage in range(4)] == [3, 3, 2, 1]
 
 
 def test_saved_bytes_leave_out_parameters_and_end_with_the_backward_pass() -> None:

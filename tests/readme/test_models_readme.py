@@ -10,19 +10,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from launch.recipe import ROOT, load_recipe
 from models import gpt, schedules, tp_layers, tp_ops
 from models.config import SIZES, GPTConfig
 from models.first_weights import initialize
 from models.gpt import GPT
+from tests.collectives import Traffic
 from tests.parity.cases import write_text
 from tests.ranks import run_ranks
 from tests.unit.test_tp_faults import SEEDED
@@ -35,7 +33,7 @@ COLLECTIVES = {
     "_reduce_scatter_base_": "reduce-scatter",
 }  # fmt: skip
 SCALARS = 16  # bytes: a loss, a norm or an overflow flag
-Traffic = dict[tuple[str, str], tuple[int, int]]  # (pass or stage, collective): calls, bytes
+Counts = dict[tuple[str, str], tuple[int, int]]  # (pass or stage, collective): calls, bytes
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def symbols(config: GPTConfig, element: int, ranks: int) -> dict[str, int]:
 
 def stated(
     rows: list[Row], where: str, holds: set[str], known: dict[str, int], tokens: int, times: int = 1
-) -> Traffic:
+) -> Counts:
     """What the table says is sent for `times` micro batches of `tokens` tokens."""
     total: dict[tuple[str, str], list[float]] = {}
     for row in rows:
@@ -86,31 +84,7 @@ def stated(
     return {key: (int(calls), int(size)) for key, (calls, size) in total.items()}
 
 
-class Payloads(TorchDispatchMode):
-    """Within it, every collective is noted with its payload: the whole tensor, in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[tuple[str, int]] = []
-
-    def __enter__(self) -> Self:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        if func.namespace == "c10d":
-            # What a rank gives and what it gets; the larger of them is the whole.
-            sizes = [
-                sum(t.numel() * t.element_size() for t in tree_leaves(arg) if isinstance(t, Tensor))
-                for arg in args
-            ]
-            self.seen.append((func.name().split("::")[1], max(sizes, default=0)))
-        return func(*args, **(kwargs or {}))
-
-
-def sums(seen: list[tuple[str, int]], where: str, names: dict[str, str]) -> Traffic:
+def sums(seen: list[tuple[str, int]], where: str, names: dict[str, str]) -> Counts:
     """Calls and bytes of each collective in `names`, scalars left out."""
     calls: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -153,20 +127,20 @@ def tensor_cases() -> Iterator[tuple[GPTConfig, set[str]]]:
         yield replace(FAMILIES["gpt2"], dropout=0.1), {form, "recompute", "dropout"}
 
 
-def sent_by_tensor_ranks() -> list[Traffic]:
+def sent_by_tensor_ranks() -> list[Counts]:
     start()
     found = []
     for config, holds in tensor_cases():
         model = GPT(config, "recompute" in holds, tensor_parallel(config, "sequence" in holds))
         initialize(model, 1)
         tokens, labels = tokens_and_labels(config.vocab)
-        with Payloads() as forward:
+        with Traffic() as forward:
             loss = model(tokens, labels)
-        with Payloads() as backward:
+        with Traffic() as backward:
             loss.backward()
         found.append(
-            sums(forward.seen, "forward", COLLECTIVES)
-            | sums(backward.seen, "backward", COLLECTIVES)
+            sums(forward.payloads, "forward", COLLECTIVES)
+            | sums(backward.payloads, "backward", COLLECTIVES)
         )
     return found
 
@@ -206,10 +180,10 @@ def step_of_engine(values: dict[str, Any], folder: Path) -> tuple[int, list[tupl
 
     with local_engine(values, folder) as local:
         train_step(local.engine, local.batch(0))
-        with Payloads() as payloads:
+        with Traffic() as traffic:
             train_step(local.engine, local.batch(1))
         parameters = local.engine.module.parameters()
-        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters), payloads.seen
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters), traffic.payloads
 
 
 def recipe_values(folder: Path, stem: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from torch import Tensor
 from models.first_weights import initialize
 from models.gpt import GPT
 from models.tp_layers import Shard
+from tests.collectives import Traffic
 from tests.ranks import run_ranks
 from tests.unit.tp_cases import (
     FAMILIES,
     LLAMA,
     Distances,
-    Traffic,
     gpt_apart,
     load,
     of_all_ranks,
@@ -62,7 +62,7 @@ def widths_sent(sequence_parallel: bool) -> tuple[set[int], set[int]]:
     with Traffic() as logits, torch.no_grad():
         model(tokens)
     in_step, in_logits = (
-        {shape[-1] for _, shapes in traffic.seen for shape in shapes if shape}
+        {shape[-1] for _, shapes in traffic.shapes for shape in shapes if shape}
         for traffic in (step, logits)
     )
     return in_step, in_logits

@@ -1,6 +1,7 @@
 """The layers cut over ranks: outputs and every gradient are those of torch's own layers."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from models.tp_layers import (
     Shard,
     VocabParallelEmbedding,
 )
+from tests.collectives import Traffic
 from tests.ranks import run_ranks
 from tests.unit.tp_cases import (
     Distances,
-    Traffic,
     column_apart,
     embedding_apart,
     row_apart,
@@ -69,13 +70,18 @@ def marks_and_errors() -> None:
     group = start()
     column = ColumnParallelLinear(8, [4, 2], group=group)
     row = RowParallelLinear(8, 6, group=group)
-    cut = [column.weight, column.bias, row.weight, VocabParallelEmbedding(5, 8, group).weight]
+    cut: list[Any] = [
+        column.weight,
+        column.bias,
+        row.weight,
+        VocabParallelEmbedding(5, 8, group).weight,
+    ]
     shapes = [[3, 8], [3], [6, 4], [3, 8]]
     whole_shapes = [[6, 8], [6], [6, 8], [5, 8]]
     for parameter, shape, whole in zip(cut, shapes, whole_shapes, strict=True):
         assert parameter is not None and list(parameter.shape) == shape
-        assert parameter.tensor_model_parallel  # type: ignore[attr-defined]
-        assert parameter.shard.whole_shape(parameter.shape) == whole  # type: ignore[attr-defined]
+        assert parameter.tensor_model_parallel
+        assert parameter.shard.whole_shape(parameter.shape) == whole
     assert not hasattr(row.bias, "tensor_model_parallel") and not hasattr(row.bias, "shard")
     with pytest.raises(ValueError, match="output features: 3 is no multiple of the 2 ranks"):
         ColumnParallelLinear(8, [4, 3], group=group)

@@ -7,13 +7,11 @@ the same ones serve the tests that expect nothing and the seeded faults that exp
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from models.config import GPTConfig
 from models.first_weights import initialize
@@ -215,29 +213,3 @@ def gpt_apart(
         (our_loss + (our_logits * slope).mean()).backward()
     found = {"loss": apart(our_loss, loss), "logits": apart(our_logits, logits)}
     return found | gradients_apart(model, reference)
-
-
-class Traffic(TorchDispatchMode):
-    """Within it, every collective is noted: its name, and the shapes of all tensors it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[tuple[str, list[torch.Size]]] = []
-
-    def __enter__(self) -> Self:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        """Called by torch for every operation."""
-        if func.namespace == "c10d":
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.seen.append((func.name().split("::")[1], [tensor.shape for tensor in tensors]))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def names(self) -> list[str]:
-        """The collectives, in their order."""
-        return [name for name, _ in self.seen]
