@@ -40,6 +40,7 @@ def prepare_environment() -> None:
     Without a launcher, the process becomes the one rank of a world of one. A rank whose launcher
     is killed ends with it.
     """
+    take_ranks_from_mpi()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -55,6 +56,29 @@ def prepare_environment() -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     threads = max(1, len(os.sched_getaffinity(0)) // local)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def take_ranks_from_mpi() -> None:
+    """Under mpirun without another launcher, RANK and the like are MPI's, or each process would be alone.
+
+    `deepspeed --launcher openmpi` starts ranks so.
+
+    Raises:
+        UserError: where nobody has said at which host and port the ranks meet.
+    """
+    if "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return
+    for name, mpi in (
+        ("RANK", "RANK"), ("WORLD_SIZE", "SIZE"),
+        ("LOCAL_RANK", "LOCAL_RANK"), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+    ):  # fmt: skip
+        os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{mpi}"]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} not set: mpirun does not say where the ranks meet; add -x "
+            "MASTER_ADDR=<first host> -x MASTER_PORT=29500, or use scripts/submit.py --cluster openmpi"
+        )
 
 
 def connect() -> Ranks:

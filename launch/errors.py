@@ -7,6 +7,7 @@ connection to it, or the launcher ends them.
 import contextlib
 import errno
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -109,13 +110,15 @@ def _first_to_speak() -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return True
     folder, launcher = Path(tempfile.gettempdir()), os.getppid()
+    # Containers of several hosts may share a folder, and a launcher is often process 7 in each.
+    spoken = f"{SPOKEN}{platform.node()}-"
     with contextlib.suppress(OSError, ValueError):
-        for left in folder.glob(f"{SPOKEN}*"):  # of launchers that have ended since
-            if not Path(f"/proc/{left.name.removeprefix(SPOKEN).split('-')[0]}").exists():
+        for left in folder.glob(f"{spoken}*"):  # of launchers that have ended since
+            if not Path(f"/proc/{left.name.removeprefix(spoken).split('-')[0]}").exists():
                 left.unlink()
     # torchrun starts failed ranks anew under the same launcher.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    name = f"{SPOKEN}{launcher}-{os.environ.get('MASTER_PORT', '')}-{attempt}"
+    name = f"{spoken}{launcher}-{os.environ.get('MASTER_PORT', '')}-{attempt}"
     try:
         os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:

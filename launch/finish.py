@@ -36,7 +36,7 @@ def finish(
         say(f"sample:\n{text}\n")
     if ranks.first:
         summary = {"steps": recipe.train.steps, "held_out_loss": held_out_loss}
-        (run.path / "summary.json").write_text(json.dumps(summary) + "\n")
+        run.summary.write_text(json.dumps(summary) + "\n")
 
 
 def _sample(recipe: Recipe, engine: DeepSpeedEngine, corpus: Corpus, ranks: Ranks) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from launch.errors import UserError
 from launch.recipe import Recipe
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, read_metrics
 from launch.step import Step
 
 # Dense bf16 (or fp16) peaks in TFLOP/s, from the vendors' data sheets; the SXM variants, where a
@@ -50,17 +50,6 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 class Metrics:

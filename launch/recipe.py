@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from yaml import YAMLError
@@ -202,6 +202,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: for a missing file, bad YAML, an unknown key (with the nearest valid one), a
             value of the wrong type or range, or a model whose sizes contradict each other.
     """
+    path, values = read_values(path, overrides)
+    try:
+        plain = OmegaConf.to_container(values, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path} with {list(overrides)}: {error}") from None
+    assert isinstance(plain, dict)
+    return recipe_from_dict({**plain, "name": path.stem}, where=str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str]) -> tuple[Path, DictConfig]:
+    """A recipe file's place and its values with the overrides merged in, neither checked nor complete.
+
+    Raises:
+        UserError: for a missing file, bad YAML, or an override that is no key=value.
+    """
     path = Path(path)
     if not path.is_file() and (ROOT / path).is_file():
         path = ROOT / path  # started from another folder
@@ -212,18 +227,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
-    if not OmegaConf.is_dict(values):
+    if not isinstance(values, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of blocks (model:, data:, train:, ...)")
     try:
         for override in overrides:
             key, equals, _ = override.partition("=")
             if not equals or not key.strip("."):
                 raise UserError(f"--set {override}: write key=value, for example train.steps=30")
-            values = OmegaConf.merge(values, OmegaConf.from_dotlist([override]))
-        plain = OmegaConf.to_container(values, resolve=True)
+            merged = OmegaConf.merge(values, OmegaConf.from_dotlist([override]))
+            assert isinstance(merged, DictConfig)
+            values = merged
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} with {list(overrides)}: {error}") from None
-    return recipe_from_dict({**plain, "name": path.stem}, where=str(path))
+    return path, values
 
 
 def recipe_from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:

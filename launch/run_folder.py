@@ -9,6 +9,8 @@ runs/<recipe>/<time>/
     checkpoints/step_00000500/ ...
     model.safetensors  the final weights
     loss.png, sample.txt, summary.json
+    job/               what scripts/submit.py wrote: scripts, the recipe, a log a rank
+    STOP               touch it, and the run saves and ends
 """
 
 import json
@@ -21,7 +23,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
 
@@ -46,6 +47,16 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        """Touched by whoever wants the run to save and end (`launch/stop.py`)."""
+        return self.path / "STOP"
+
+    @property
+    def summary(self) -> Path:
+        """What came out; it exists only when the run has finished."""
+        return self.path / "summary.json"
 
 
 @dataclass(frozen=True)
@@ -218,8 +229,21 @@ def read_settings(folder: Path) -> Recipe:
     return recipe_from_dict(yaml.safe_load(file.read_text()), where=str(file))
 
 
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
 def environment(world_size: int) -> dict[str, Any]:
     """What a reader needs to reproduce a run: versions, devices, commit, command."""
+    import torch
+
     packages = ("torch", "deepspeed", "transformers", "datasets", "accelerate")
     cuda = torch.cuda.is_available()
     return {

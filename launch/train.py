@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING
 
 from launch.arguments import add_recipe_arguments
 from launch.console import Stopwatch, say
-from launch.distributed import connect, from_first_rank, leave, prepare_environment
+from launch.distributed import (
+    connect,
+    from_first_rank,
+    leave,
+    prepare_environment,
+    take_ranks_from_mpi,
+)
 from launch.errors import UserError, one_line_errors
 from launch.layout import plan_layout
 from launch.recipe import GPTModel, Recipe, load_recipe
@@ -64,6 +70,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
     from launch.metrics import Metrics, check_trackers
     from launch.run_folder import choose_start, claim, write_settings
     from launch.step import evaluate, train_step
+    from launch.stop import stop_asked, stop_obeyed
     from launch.swap import make_empty, remove, with_own_swap_folder
 
     check_trackers(recipe)
@@ -108,7 +115,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
         metrics = Metrics(run, recipe, done, ranks.world_size, flops, ranks.device)
 
     steps, eval_every = recipe.train.steps, recipe.train.eval_every
-    save_every = recipe.checkpoint.every
+    save_every, stopping = recipe.checkpoint.every, False
     for step in range(done + 1, steps + 1):
         result = train_step(engine, batches.rank_batch(step - 1, layout, topology.data_rank))
         check_finite(step, result)
@@ -119,16 +126,21 @@ def train(recipe: Recipe, resume: str | None) -> None:
             if metrics:
                 metrics.log_held_out(step, held_out_loss)
         # Last: what a step has recorded is whole when a run goes on from it.
-        if save_every and (step % save_every == 0 or step == steps):
+        stopping = step < steps and stop_asked(run, ranks)
+        if stopping or (save_every and (step % save_every == 0 or step == steps)):
             checkpoint.save(engine, run, step, recipe.checkpoint.keep, identity, ranks)
+        if stopping:
+            stop_obeyed(run, ranks)
+            say(f"stopped on request after step {step} of {steps}; go on with --resume auto")
+            break
         if metrics:
             metrics.restart_clock()
-
     if done >= steps:
         held_out_loss = evaluate(engine, held_out)
     if metrics:
         metrics.close()
-    finish(recipe, ds_config, engine, run, corpus, ranks, held_out_loss)
+    if not stopping:
+        finish(recipe, ds_config, engine, run, corpus, ranks, held_out_loss)
     say(f"loss curve: {run.path / 'loss.png'}")
     say(f"run folder: {run.path}")
     if ranks.local_rank == 0:
@@ -205,6 +217,7 @@ def main() -> None:
     """Read the command line and do what it says."""
     arguments = parse_arguments()
     with one_line_errors():
+        take_ranks_from_mpi()
         tell_of_signals()
         if arguments.list or arguments.dry_run:
             if os.environ.get("RANK", "0") != "0":

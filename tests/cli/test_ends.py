@@ -9,8 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.metrics import read_metrics
-from launch.run_folder import RunFolder, damage, newest_complete
+from launch.run_folder import RunFolder, damage, newest_complete, read_metrics
 from tests.cli.commands import (
     GONE_WITHIN_SECONDS,
     Ended,

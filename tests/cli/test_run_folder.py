@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from launch.ds_config import load_json, resolve
 from launch.layout import plan_layout
-from launch.metrics import draw_loss, read_metrics
+from launch.metrics import draw_loss
 from launch.recipe import ROOT, GPTModel, recipe_from_dict
-from launch.run_folder import read_settings
+from launch.run_folder import read_metrics, read_settings
 from models.config import count_parameters
 from tests.cli.commands import run
 from tests.resume.runs import STEPS, train, values, write_text

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.metrics import read_metrics
 from launch.recipe import ROOT
+from launch.run_folder import read_metrics
 
 RECIPE = "recipes/gpt_tiny_zero2.yaml"
 ENTRY = str(ROOT / "launch" / "train.py")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.metrics import read_metrics
 from launch.recipe import ROOT
+from launch.run_folder import read_metrics
 
 pytestmark = pytest.mark.gpu
 

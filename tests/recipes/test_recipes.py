@@ -12,8 +12,8 @@ from launch.describe import header, print_dry_run, print_list
 from launch.ds_config import resolve
 from launch.layout import plan_layout
 from launch.memory import estimate
-from launch.metrics import read_metrics
 from launch.recipe import ROOT, GPTModel, HFModel, Recipe, load_recipe
+from launch.run_folder import read_metrics
 from launch.weights import canonical_names
 from models.config import count_parameters
 from tests.ranks import run_ranks

@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from launch.metrics import read_metrics
 from launch.recipe import recipe_from_dict
+from launch.run_folder import read_metrics
 from tests.ranks import run_ranks
 
 STEPS, SAVE_EVERY = 5, 2

@@ -1,0 +1,62 @@
+"""Asked to stop, a run saves after the step at hand and ends; gone on with, it is the same run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.recipe import recipe_from_dict
+from tests.ranks import run_ranks
+from tests.resume.runs import STEPS, steps_logged, train, values, write_text
+
+ASKED_DURING_STEP = 3  # two steps are saved every second one: this is not one of them
+
+
+def _train_and_ask(recipe: dict[str, Any], agree: bool) -> None:
+    """Train; during a step somebody touches STOP. Without `agree`, each rank looks for itself."""
+    import torch.distributed as dist
+
+    import launch.step
+    import launch.stop
+    import launch.train
+
+    stop = Path(recipe["run"]["dir"]) / "STOP"
+    step, count = launch.step.train_step, iter(range(1, STEPS + 1))
+
+    def interrupted(*arguments: Any) -> Any:
+        result = step(*arguments)
+        if next(count) == ASKED_DURING_STEP and dist.get_rank() == 0:
+            stop.touch()
+        return result
+
+    vars(launch.step)["train_step"] = interrupted
+    if not agree:
+        vars(launch.stop)["stop_asked"] = lambda run, ranks: ranks.first and run.stop.exists()
+    launch.train.train(recipe_from_dict(recipe), None)
+
+
+def recipe(folder: Path, run: str) -> dict[str, Any]:
+    write_text(folder / "text")
+    return values(folder, run, config="ds_configs/zero2.json", bf16={"enabled": False})
+
+
+def test_a_stopped_run_ends_like_one_never_stopped(tmp_path: Path) -> None:
+    whole, stopped = recipe(tmp_path, "whole"), recipe(tmp_path, "stopped")
+    train(whole)
+    run_ranks(_train_and_ask, 2, stopped, True, timeout=200)
+    folder = tmp_path / "stopped"
+    assert [r["step"] for r in steps_logged(folder) if "loss" in r] == [1, 2, 3]
+    assert (folder / f"checkpoints/step_{ASKED_DURING_STEP:08d}").is_dir()
+    assert not (folder / "STOP").exists(), "or the next start would stop at once"
+    assert not (folder / "summary.json").exists(), "a run that has not finished must not say so"
+    assert not (folder / "model.safetensors").exists()
+    train(stopped, resume="auto")
+    assert steps_logged(folder) == steps_logged(tmp_path / "whole")
+    for name in ("model.safetensors",):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (folder / "summary.json").exists()
+
+
+def test_ranks_that_do_not_agree_are_seen(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"rank|Timed|lost"):
+        run_ranks(_train_and_ask, 2, recipe(tmp_path, "run"), False, timeout=40)
