@@ -3,7 +3,8 @@
 # where an earlier call was cut off.
 #
 #   scripts/setup.sh         what training needs; a missing C++ compiler is told and left at that
-#   scripts/setup.sh test    what the tests need: a missing C++ compiler is an error
+#   scripts/setup.sh test    what the tests need: a missing C++ compiler is an error; also Slurm, ssh
+#                            and MPI for the tests on virtual hosts, where they may be installed
 #
 # Missing system packages are installed where that is possible without asking: as root on Debian or
 # Ubuntu. Elsewhere one line says what to install.
@@ -41,6 +42,32 @@ install() {
         fail "apt-get install $* failed"
     fi
     rm -f "$log"
+}
+
+# The tests start daemons of their own, on virtual networks. None may start on this machine's own,
+# neither now (a policy-rc.d that was there before stays) nor when it is started next.
+install_without_daemons() {
+    local policy=/usr/sbin/policy-rc.d package
+    if [ ! -e "$policy" ]; then
+        trap "rm -f $policy" EXIT
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod +x "$policy"
+    fi
+    install "$@"
+    if [ -n "$(trap -p EXIT)" ]; then
+        rm -f "$policy"
+        trap - EXIT
+    fi
+    for package in "$@"; do
+        case "$package" in
+            slurmctld | slurmd | munge) disable "$package.service" ;;
+            openssh-server) disable ssh.service && disable ssh.socket ;;
+        esac
+    done
+}
+
+disable() {
+    ! command -v systemctl >/dev/null || systemctl --quiet disable "$1" >/dev/null 2>&1 || true
 }
 
 has_venv() {
@@ -82,6 +109,23 @@ if [ "${#missing[@]}" -gt 0 ]; then
         fail "the tests compile DeepSpeed's ops; run: apt-get install ${missing[*]} (as root)"
     else
         echo "setup: offload recipes will not run before: apt-get install ${missing[*]} (as root)" >&2
+    fi
+fi
+
+# What tests/cluster runs on virtual hosts: a program of each package, and the package. Looked for at
+# each call: a machine whose .venv is complete may still lack them.
+if [ "$purpose" = test ]; then
+    missing=()
+    for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge sshd:openssh-server \
+        ssh:openssh-client pdsh:pdsh mpirun:openmpi-bin tc:iproute2; do
+        PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%:*}" >/dev/null || missing+=("${pair#*:}")
+    done
+    if [ "${#missing[@]}" -gt 0 ]; then
+        if can_install; then
+            install_without_daemons "${missing[@]}"
+        else
+            echo "setup: tests/cluster will fail before: apt-get install ${missing[*]} (as root)" >&2
+        fi
     fi
 fi
 
