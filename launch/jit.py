@@ -112,6 +112,18 @@ def build_ops(names: Iterable[str], say: Callable[[str], None]) -> None:
             _make_ready(each, say)
 
 
+def built_ops() -> list[str]:
+    """The ops that lie built in the cache."""
+    return sorted(stamp.parent.name for stamp in use_private_cache().glob(f"*/{STAMP}"))
+
+
+def stale_locks() -> list[Path]:
+    """Locks of builds that were killed, on which DeepSpeed would wait for ever: our cache's and torch's."""
+    places = (use_private_cache(), Path("~/.cache/torch_extensions").expanduser())
+    found = (lock for place in places for lock in place.glob("**/lock"))
+    return sorted({lock for lock in found if not _is_open_somewhere(lock)})
+
+
 def _make_ready(name: str, say: Callable[[str], None]) -> None:
     from deepspeed.accelerator import get_accelerator
 

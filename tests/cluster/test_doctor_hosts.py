@@ -1,0 +1,91 @@
+"""scripts/doctor.py across two hosts: health, what is wrong with one of them, and the network."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.recipe import ROOT
+from tests.cluster.virtual import Cluster
+
+
+def doctor(cluster: Cluster, *hosts: str) -> tuple[int, list[dict[str, Any]]]:
+    hostfile = cluster.folder / "doctor-hosts"
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in hosts or cluster.hosts))
+    done = cluster.run(
+        [sys.executable, ROOT / "scripts/doctor.py", "--hostfile", hostfile, "--json",
+         "--folder", cluster.folder / "doctor", "--port", "23459"]
+    )  # fmt: skip
+    return done.code, json.loads(done.output[done.output.index("[\n") :])
+
+
+def failing(lines: list[dict[str, Any]]) -> list[str]:
+    return [f"{line['where']}: {line['what']}" for line in lines if line["status"] == "FAIL"]
+
+
+def bandwidth(lines: list[dict[str, Any]]) -> float:
+    found = re.search(r"([\d.]+) GB/s bus", " ".join(line["what"] for line in lines))
+    assert found, lines
+    return float(found.group(1))
+
+
+def test_two_healthy_hosts_and_the_link_between_them(cluster: Cluster) -> None:
+    code, lines = doctor(cluster)
+    assert code == 0, failing(lines)
+    told = [f"{line['where']}: {line['what']}" for line in lines]
+    for host in cluster.hosts:
+        assert any(line.startswith(f"{host}: clock ") for line in told)
+        assert any(line.startswith(f"{host}: its name resolves to 10.77.0.") for line in told)
+    fast = bandwidth(lines)
+    with cluster.limit("200mbit"):
+        _, lines = doctor(cluster)
+    # 200 Mbit/s are 0.025 GB/s; the token bucket lets a little more through at first.
+    assert bandwidth(lines) < 0.05 < fast
+
+
+def test_hosts_that_cannot_take_part_are_failing_lines(cluster: Cluster, tmp_path: Path) -> None:
+    first, second = cluster.hosts
+    code, lines = doctor(cluster, first, "nowhere", "10.77.0.99")
+    assert code == 1
+    found = failing(lines)
+    assert any(line.startswith("nowhere: nobody knows this name") for line in found)
+    assert any(line.startswith("10.77.0.99: ") for line in found)
+    assert all(line["remedy"] for line in lines if line["status"] != "ok")
+
+    with cluster.hide(second, ROOT / "launch"):
+        code, lines = doctor(cluster)
+    assert code == 1
+    assert f"{second}: no checkout here" in failing(lines)
+
+    hosts_file = tmp_path / "hosts"
+    hosts_file.write_text(f"127.0.0.1 localhost\n127.0.1.1 {second}\n10.77.0.1 {first}\n")
+    with cluster.replace(second, "/etc/hosts", hosts_file_on(cluster, hosts_file)):
+        code, lines = doctor(cluster)
+    assert code == 1
+    assert any("resolves to 127.0.1.1" in line for line in failing(lines))
+
+
+def hosts_file_on(cluster: Cluster, file: Path) -> Path:
+    shared = cluster.folder / "hosts-with-loopback"
+    shared.write_text(file.read_text())
+    return shared
+
+
+def test_an_unknown_host_key_is_told_with_the_command_that_adds_it(cluster: Cluster) -> None:
+    second = cluster.hosts[1]
+    known = cluster.run(["ssh", "-G", second]).output
+    file = re.search(r"^userknownhostsfile (\S+)", known, re.M)
+    assert file
+    kept = Path(file.group(1)).read_text()
+    try:
+        Path(file.group(1)).write_text(
+            "".join(line for line in kept.splitlines(keepends=True) if second not in line)
+        )
+        code, lines = doctor(cluster)
+    finally:
+        Path(file.group(1)).write_text(kept)
+    assert code == 1
+    assert f"{second}: its host key is unknown" in failing(lines)
+    (line,) = [line for line in lines if line["where"] == second]
+    assert f"ssh-keyscan {second}" in line["remedy"]
