@@ -24,12 +24,15 @@ DOCUMENTS = (
     "recipes/README.md",
     "ds_configs/README.md",
     "models/README.md",
+    "launch/README.md",
+    *sorted(f"launch/cluster/{page.name}" for page in (ROOT / "launch/cluster").glob("*.md")),
 )
 SCRIPTS = sorted((ROOT / "scripts").glob("[!_]*.py"))
 # Commands of other people's programs, which are not ours to check.
 FOREIGN = {
-    "accelerate", "apt-get", "cat", "cd", "export", "git", "hf", "ls", "pip", "sudo", "tail",
-    "tensorboard",
+    "accelerate", "apt-get", "cat", "cd", "docker", "export", "git", "grep", "hf", "kubectl", "ls",
+    "pip", "sacct", "sbatch", "scancel", "scontrol", "sinfo", "sky", "squeue", "ssh", "ssh-copy-id",
+    "ssh-keyscan", "sudo", "tail", "tensorboard", "touch",
 }  # fmt: skip
 RANK_FLAGS = {"--num_gpus", "--nproc_per_node", "--nproc-per-node", "--num_processes"}
 

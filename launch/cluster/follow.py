@@ -1,0 +1,56 @@
+"""Watching a job from outside: its state from the cluster, its progress from metrics.jsonl."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.cluster.backend import backend_of
+from launch.cluster.record import Record, State
+from launch.run_folder import read_metrics
+
+LOOK_EVERY_SECONDS = 1.0
+# Asking the cluster costs its scheduler something; the metrics file is only a file.
+ASK_EVERY_SECONDS = 5.0
+ERROR = re.compile(r"(?:\d+: )?error: (.*)")  # srun puts the task's number in front
+
+
+def progress(record: Record) -> str:
+    """How far the run is, in a few words."""
+    steps = [r for r in read_metrics(Path(record.run) / "metrics.jsonl") if "loss" in r]
+    if not steps:
+        return f"step 0/{record.steps}"
+    last = steps[-1]
+    return f"step {last['step']}/{record.steps}, loss {last['loss']:.4f}"
+
+
+def follow(record: Record, say: Callable[[str], None]) -> State:
+    """Say what the job does until it is over; returns its last state."""
+    backend = backend_of(record.cluster)
+    state, shown, asked = State("unknown"), "", -ASK_EVERY_SECONDS
+    while True:
+        now = time.monotonic()
+        if now - asked >= ASK_EVERY_SECONDS:
+            asked, before = now, state
+            state = backend.state(record)
+            if state != before:
+                say(f"{record.id}: {state.kind}{f' ({state.detail})' if state.detail else ''}")
+        where = progress(record)
+        if where != shown:
+            shown = where
+            say(where)
+        if state.over:
+            return state
+        time.sleep(LOOK_EVERY_SECONDS)
+
+
+def errors(record: Record) -> list[str]:
+    """The `error:` lines in the logs of the ranks and of the job, without repetition."""
+    folder = Path(record.folder)
+    found: dict[str, None] = {}
+    for log in (*sorted(folder.glob("logs/*.log")), *sorted(folder.glob("*.log"))):
+        for line in log.read_text(errors="replace").splitlines():
+            told = ERROR.match(line)
+            if told:
+                found[told.group(1)] = None
+    return list(found)

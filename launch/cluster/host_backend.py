@@ -1,0 +1,143 @@
+"""What jobs on ssh hosts share, whichever command starts them: checks, a supervisor, state, cancel."""
+
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+
+from launch.cluster.hosts import check_hosts, hosts_of, master_port
+from launch.cluster.job import Job
+from launch.cluster.record import Record, State
+from launch.cluster.supervise import STOPPED, end_everywhere, write_exit_code
+from launch.errors import UserError
+
+ENDS_WITHIN_SECONDS = 90.0
+PLAIN_PATH = re.compile(r"[\w@+=:,./-]+")
+
+
+class HostBackend:
+    """A subclass names the script and the program that it needs, and writes the files."""
+
+    script: str
+    program: str
+    package: str
+
+    @cached_property
+    def _port(self) -> dict[str, int]:
+        return {}
+
+    def port(self, job: Job) -> int:
+        """The job's port: drawn once, then the same for the check and the files."""
+        return self._port.setdefault(str(job.folder), master_port(job))
+
+    def check_paths(self, job: Job) -> None:
+        """Refuse paths that a shell on the way would take apart.
+
+        Raises:
+            UserError: naming the path.
+        """
+        for path in (job.checkout, job.folder, job.python):
+            if not PLAIN_PATH.fullmatch(str(path)):
+                raise UserError(
+                    f"--cluster {job.cluster}: '{path}' has characters that a shell on the way would "
+                    "change; use letters, digits and -_./"
+                )
+
+    def check(self, job: Job) -> None:
+        """Ask each host whether it can run the job.
+
+        Raises:
+            UserError: for the first thing that is wrong.
+        """
+        for program, package in ((self.program, self.package), ("ssh", "openssh-client")):
+            if not shutil.which(program):
+                raise UserError(
+                    f"--cluster {job.cluster}: there is no {program} on this machine; run: apt-get "
+                    f"install {package}"
+                )
+        check_hosts(job, self.port(job))
+
+    def submit(self, job: Job) -> tuple[str, dict[str, str]]:
+        """Start the supervisor, which outlives this command."""
+        (job.folder / "exit_code").unlink(missing_ok=True)
+        (job.run / "STOP").unlink(missing_ok=True)
+        hosts = list(hosts_of(job))
+        with (job.folder / "job.log").open("a") as log:
+            supervisor = subprocess.Popen(
+                [sys.executable, "-m", "launch.cluster.supervise", str(job.folder), self.script, *hosts],
+                cwd=job.checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        started = psutil.Process(supervisor.pid).create_time()
+        details = {
+            "supervisor": str(supervisor.pid),
+            "started": repr(started),
+            "machine": platform.node(),
+            "hosts": " ".join(hosts),
+        }
+        return f"{job.cluster}-{time.strftime('%H%M%S')}-{supervisor.pid}", details
+
+    def state(self, record: Record) -> State:
+        """From the supervisor's last word, or from whether it lives."""
+        file = Path(record.folder) / "exit_code"
+        if not file.exists():
+            if record.details["machine"] != platform.node():
+                return State(
+                    "unknown", f"it was submitted from {record.details['machine']}: ask there"
+                )
+            if self._supervisor(record) is not None:
+                return State("running", record.details["hosts"])
+            if not file.exists():  # it may have ended between the two looks
+                return State(
+                    "failed", "its supervisor was killed; submit.py cancel ends what is left"
+                )
+        code = int(file.read_text())
+        if code == STOPPED:
+            return State("cancelled")
+        if code:
+            return State("failed", f"exit code {code}")
+        if record.finished:
+            return State("completed")
+        return State("failed", "the job ended before the run did: it was asked to save and end")
+
+    def cancel(self, record: Record) -> None:
+        """End the job on every host, through its supervisor or without.
+
+        Raises:
+            UserError: where processes may be left, naming the host.
+        """
+        folder = Path(record.folder)
+        if (folder / "exit_code").exists():
+            return
+        if record.details["machine"] != platform.node():
+            raise UserError(
+                f"{record.id}: it was submitted from {record.details['machine']}; cancel it there"
+            )
+        supervisor = self._supervisor(record)
+        if supervisor is not None:
+            os.kill(supervisor.pid, signal.SIGTERM)
+            deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+            while self._supervisor(record) is not None and time.monotonic() < deadline:
+                time.sleep(0.2)
+        if not (folder / "exit_code").exists():
+            left = end_everywhere(folder, record.details["hosts"].split())
+            if left:
+                raise UserError(f"{record.id}: {'; '.join(left)}; processes may be left there")
+            write_exit_code(folder, STOPPED)
+
+    def _supervisor(self, record: Record) -> psutil.Process | None:
+        try:
+            process = psutil.Process(int(record.details["supervisor"]))
+            same = repr(process.create_time()) == record.details["started"]
+            alive = process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return None
+        return process if same and alive else None

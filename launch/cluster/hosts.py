@@ -1,0 +1,140 @@
+"""Hosts that are reached by ssh: which a job gets, and whether they can run it."""
+
+import contextlib
+import random
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from launch.cluster.job import Job
+from launch.doctor.hosts import facts_of_host, read_hostfile
+from launch.errors import UserError
+
+PORTS = (20_000, 32_000)  # below those that the kernel hands out by itself
+CLOCK_SECONDS = 60.0  # further apart, file times and logs mislead
+
+
+def hosts_of(job: Job) -> dict[str, int]:
+    """The first `job.nodes` hosts of the site, in the order of their ranks, with their slots.
+
+    Raises:
+        UserError: where the site names none, too few, or ones with too few slots.
+    """
+    given = job.site.hosts
+    if given.hostfile:
+        known, where = read_hostfile(Path(given.hostfile).expanduser()), given.hostfile
+    else:
+        known, where = dict.fromkeys(given.hosts, job.gpus_per_node), "hosts.hosts"
+    if not known:
+        raise UserError(
+            f"--cluster {job.cluster}: name its hosts in the site file (--site), as hosts.hosts or "
+            "hosts.hostfile"
+        )
+    if len(known) < job.nodes:
+        raise UserError(
+            f"{where}: there are {len(known)} hosts, and --nodes asks for {job.nodes}; lower it, or "
+            "add hosts"
+        )
+    chosen = dict(list(known.items())[: job.nodes])
+    for host, slots in chosen.items():
+        if slots < job.gpus_per_node:
+            raise UserError(
+                f"{where}: {host} has {slots} slots, and --gpus-per-node asks for "
+                f"{job.gpus_per_node}; lower it, or take another host"
+            )
+    return chosen
+
+
+def master_port(job: Job) -> int:
+    """The port at which the ranks meet: the site's, or one by lot; `check_hosts` sees if it is free."""
+    return job.site.port or random.SystemRandom().randrange(*PORTS)
+
+
+def check_hosts(job: Job, port: int) -> None:
+    """Ask every host whether it could run the job. Makes the run folder, which they have to see.
+
+    Raises:
+        UserError: for the first thing that is wrong, naming the host and what to do.
+    """
+    hosts = list(hosts_of(job))
+    token = job.run / f".seen-by-every-host-{uuid.uuid4().hex}"
+    try:
+        job.run.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    except OSError as error:
+        raise UserError(
+            f"runs: cannot write to {job.run} ({error.strerror}); name a folder that this machine and "
+            "every host can write to"
+        ) from None
+    try:
+        with ThreadPoolExecutor(max_workers=32) as pool:
+            asked = time.time()
+            found = list(
+                pool.map(
+                    lambda host: facts_of_host(
+                        host, job.python, job.checkout, token, port if host == hosts[0] else None
+                    ),
+                    hosts,
+                )
+            )
+        for host, facts in zip(hosts, found, strict=True):
+            _check(job, host, facts, found[0], asked, port)
+    except UserError:
+        token.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is an earlier run's, and holds something
+            job.run.rmdir()
+        raise
+    token.unlink(missing_ok=True)
+
+
+def _check(
+    job: Job, host: str, facts: dict[str, Any], first: dict[str, Any], asked: float, port: int
+) -> None:
+    python, expected = facts["python"]["version"], first["python"]["version"]
+    if python != expected:
+        raise UserError(
+            f"host {host}: Python {python} at {job.python}, and {expected} on the first host; every "
+            "host needs the same one (python: in the site file)"
+        )
+    if not facts["checkout"]:
+        raise UserError(
+            f"host {host}: there is no checkout at {job.checkout}; it has to be at the same path on "
+            "every host, best on a shared disk"
+        )
+    if not facts["token_visible"]:
+        raise UserError(
+            f"host {host}: does not see {job.run}; runs: in the site file has to name a folder on a disk "
+            "that every host shares"
+        )
+    if facts["commit"] != first["commit"]:
+        raise UserError(
+            f"host {host}: the checkout is at commit {facts['commit']}, and at {first['commit']} on the "
+            "first host; bring them to the same one"
+        )
+    for package in ("torch", "deepspeed"):
+        there, wanted = (
+            facts["versions"].get(package, [None, None])[1],
+            first["versions"][package][1],
+        )
+        if there is None or there != wanted:
+            raise UserError(
+                f"host {host}: {package} is {there or 'not installed'}, and {wanted} on the first host; "
+                "run make setup there"
+            )
+    if facts["port_free"] is False:
+        raise UserError(
+            f"host {host}: port {port} is in use; name another one (port: in the site file), or none"
+        )
+    interface = job.site.interface
+    if interface and interface not in facts["interfaces"]:
+        raise UserError(
+            f"host {host}: there is no interface {interface}; choose from: "
+            f"{', '.join(sorted(facts['interfaces']))} (interface: in the site file)"
+        )
+    if abs(facts["clock"] - asked) > CLOCK_SECONDS:
+        raise UserError(
+            f"host {host}: its clock is {abs(facts['clock'] - asked):.0f} s off; switch time "
+            "synchronisation on (timedatectl set-ntp true)"
+        )

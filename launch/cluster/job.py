@@ -1,0 +1,180 @@
+"""One job: a checked recipe, a number of nodes, a site, and the folder that holds its files.
+
+<run folder>/job/
+    <recipe>.yaml   the recipe with its overrides merged in: nothing has to pass a shell
+    ...             what the cluster gets, rendered from the templates beside this file
+    logs/           a file a rank and start, <time>_rank<N>.log
+    job.json        the record of the submission
+"""
+
+import base64
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from omegaconf import OmegaConf
+
+from launch.cluster.site import Site
+from launch.ds_config import resolve
+from launch.errors import UserError
+from launch.layout import Layout, plan_layout
+from launch.recipe import ROOT, Recipe, load_recipe, read_values
+
+TEMPLATES = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted. `run` is the run folder as the job's hosts see it, `folder` is here."""
+
+    cluster: str
+    recipe: Recipe
+    recipe_yaml: str
+    layout: Layout
+    nodes: int
+    gpus_per_node: int
+    site: Site
+    run: Path
+    folder: Path
+    checkout: Path = ROOT
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, in the letters that every cluster takes."""
+        return self.recipe.name.replace("_", "-").lower()
+
+    @property
+    def config(self) -> Path:
+        """The job's recipe."""
+        return self.folder / f"{self.recipe.name}.yaml"
+
+    @property
+    def logs(self) -> Path:
+        """A file a rank."""
+        return self.folder / "logs"
+
+    @property
+    def python(self) -> str:
+        """The interpreter on every host."""
+        return self.site.python or sys.executable
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What every rank gets: the site's variables, and its interface for NCCL and gloo."""
+        chosen = self.site.interface
+        network = {"NCCL_SOCKET_IFNAME": chosen, "GLOO_SOCKET_IFNAME": chosen} if chosen else {}
+        return {**network, **self.site.environment}
+
+    @property
+    def world_info(self) -> str:
+        """Nodes and their devices as `deepspeed.launcher.launch --world_info` takes them."""
+        devices = list(range(self.gpus_per_node))
+        nodes = {f"node{number}": devices for number in range(self.nodes)}
+        return base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()
+
+    @property
+    def train(self) -> list[str]:
+        """The training command's own words, the same for each rank and each start of the job."""
+        return ["launch/train.py", "--config", str(self.config), "--resume", "auto"]
+
+    def render(self, template: str, **more: object) -> str:
+        """Fill a template of this folder in; there, `job` is this object and `q` quotes for a shell."""
+        # Nothing is escaped: these are scripts. Whatever comes from outside goes through q or tojson.
+        environment = Environment(
+            loader=FileSystemLoader(TEMPLATES),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        environment.filters["q"] = lambda value: shlex.quote(str(value))
+        return environment.get_template(template).render(job=self, site=self.site, **more)
+
+
+def make_job(
+    cluster: str,
+    recipe_file: str,
+    overrides: Sequence[str],
+    nodes: int,
+    gpus_per_node: int,
+    site: Site,
+    shared_disk: bool,
+) -> Job:
+    """Check a recipe against the ranks that it would get, and give the job its folder's name.
+
+    Args:
+        cluster: what `scripts/submit.py --cluster` was given.
+        recipe_file: as `launch.recipe.load_recipe`.
+        overrides: as `launch.recipe.load_recipe`. With run.dir among them the job goes on with that
+            run, from its newest checkpoint.
+        nodes: number of hosts.
+        gpus_per_node: ranks on each.
+        site: the site's settings.
+        shared_disk: whether the hosts see the folders of this one; else the run folder lies on a
+            volume of theirs, and the job's files stay here.
+
+    Raises:
+        UserError: for numbers below one, and for whatever recipe, layout or DeepSpeed refuse.
+    """
+    for flag, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
+        if value < 1:
+            raise UserError(f"{flag}: {value} is too few; use 1 or more")
+    recipe = load_recipe(recipe_file, overrides)
+    layout = plan_layout(recipe, nodes * gpus_per_node)
+    resolve(recipe, layout)
+    here = ROOT / "runs"
+    runs = Path(site.runs).expanduser().absolute() if site.runs else here
+    if not shared_disk:
+        runs = Path(_mount(cluster, site))
+    where = Path(recipe.name) / time.strftime("%Y%m%d-%H%M%S")
+    run = Path(recipe.run.dir).expanduser() if recipe.run.dir else runs / where
+    if not run.is_absolute():
+        run = ROOT / run
+    folder = (run if shared_disk else here / recipe.name / run.name) / "job"
+    _, values = read_values(recipe_file, overrides)
+    # Interpolations are left to the hosts, so one in a path of ours has to be escaped.
+    OmegaConf.update(values, "run.dir", str(run).replace("${", "\\${"), force_add=True)
+    text = f"# {recipe_file} as it was submitted, with its overrides.\n{OmegaConf.to_yaml(values)}"
+    return Job(cluster, recipe, text, layout, nodes, gpus_per_node, site, run, folder)
+
+
+def _mount(cluster: str, site: Site) -> str:
+    return site.skypilot.mount if cluster == "skypilot" else site.kubernetes.mount
+
+
+def notes(job: Job) -> list[str]:
+    """What a person should know before the job runs, though it is allowed."""
+    found = []
+    if job.layout.tensor > job.gpus_per_node:
+        found.append(
+            f"note: tensor parallel size {job.layout.tensor} is larger than the {job.gpus_per_node} "
+            "GPUs of a node: each layer's all-reduces cross the network. See recipes/README.md"
+        )
+    if not job.recipe.checkpoint.every:
+        found.append(
+            "note: checkpoint.every is 0: a job that is killed without warning starts at step 0 again"
+        )
+    return found
+
+
+def write_files(job: Job, files: dict[str, str]) -> None:
+    """Put the job's recipe and its rendered files into its folder.
+
+    Raises:
+        UserError: where the folder cannot be written.
+    """
+    try:
+        job.logs.mkdir(parents=True, exist_ok=True)
+        job.config.write_text(job.recipe_yaml)
+        for name, text in files.items():
+            (job.folder / name).write_text(text)
+    except OSError as error:
+        raise UserError(
+            f"site.runs: cannot write to {job.folder} ({error.strerror}); name a folder that this "
+            "machine and every host can write to"
+        ) from None

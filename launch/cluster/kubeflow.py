@@ -1,0 +1,31 @@
+"""Kubeflow Trainer: a TrainJob on its torch runtime, which makes the pods and numbers them."""
+
+from launch.cluster import kubernetes
+from launch.cluster.containers import container_script, environment, literal, name_of, require
+from launch.cluster.job import Job
+
+# A TrainJob mounts no ConfigMap of ours before its pods exist, so the recipe travels in a variable.
+WRITE_RECIPE = 'mkdir -p /tmp/job && printf "%s" "$RECIPE_YAML" >{config}'
+
+
+class Backend(kubernetes.Backend):
+    """Submits with kubectl; state and cancel are those of a Job."""
+
+    resource, template, file = "trainjob", "kubeflow.yaml.j2", "kubeflow.yaml"
+
+    def files(self, job: Job) -> dict[str, str]:
+        """One manifest."""
+        kube, config = job.site.kubernetes, f"/tmp/job/{job.recipe.name}.yaml"
+        require(
+            kube.image, "kubernetes.image", "registry.example/train:1 (launch/cluster/Dockerfile)"
+        )
+        require(kube.claim, "kubernetes.claim", "runs, a PersistentVolumeClaim with ReadWriteMany")
+        script = container_script(
+            job, "$PET_NODE_RANK", "$PET_MASTER_ADDR", config, WRITE_RECIPE.format(config=config)
+        )
+        text = job.render(
+            self.template, kube=kube, name=name_of(job), script=literal(script),
+            environment=environment(job), recipe_yaml=literal(job.recipe_yaml),
+            grace=kubernetes.GRACE_SECONDS,
+        )  # fmt: skip
+        return {self.file: text}

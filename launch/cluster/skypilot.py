@@ -1,0 +1,67 @@
+"""SkyPilot: a task on hosts that it rents, with the runs in a bucket."""
+
+import re
+
+from launch.cluster.containers import ask, container_script, name_of, require
+from launch.cluster.job import Job
+from launch.cluster.kubeflow import WRITE_RECIPE
+from launch.cluster.record import Record, State
+
+HINT = "run: pip install 'skypilot[aws]' (or your cloud's name) in an environment of its own"
+# `sky queue` says PENDING, SETTING_UP, RUNNING and so on; ours are the words of every cluster.
+STATES: dict[str, State] = {
+    "INIT": State("pending"),
+    "PENDING": State("pending"),
+    "SETTING_UP": State("pending", "the host is being set up"),
+    "RUNNING": State("running"),
+    "SUCCEEDED": State("completed"),
+    "FAILED": State("failed"),
+    "FAILED_SETUP": State("failed", "the set-up failed"),
+    "FAILED_DRIVER": State("failed", "the driver died"),
+    "CANCELLED": State("cancelled"),
+}
+
+
+class Backend:
+    """Submits with sky."""
+
+    def files(self, job: Job) -> dict[str, str]:
+        """One task."""
+        sky, config = job.site.skypilot, f"/tmp/job/{job.recipe.name}.yaml"
+        require(sky.accelerators, "skypilot.accelerators", "H100")
+        require(sky.bucket, "skypilot.bucket", "s3://my-runs")
+        require(sky.image, "skypilot.image", "docker:registry.example/train:1")
+        script = container_script(
+            job, "$SKYPILOT_NODE_RANK", '$(echo "$SKYPILOT_NODE_IPS" | head -n1)', config,
+            WRITE_RECIPE.format(config=config),
+        )  # fmt: skip
+        return {
+            "skypilot.yaml": job.render(
+                "skypilot.yaml.j2", sky=sky, name=name_of(job), script=script
+            )
+        }
+
+    def check(self, job: Job) -> None:
+        """See that sky is there.
+
+        Raises:
+            UserError: without it.
+        """
+        ask(["sky", "--version"], HINT)
+
+    def submit(self, job: Job) -> tuple[str, dict[str, str]]:
+        """Rent the hosts and start; they are given back when the task is over."""
+        name = name_of(job)
+        file = str(job.folder / "skypilot.yaml")
+        ask(["sky", "launch", "--yes", "--detach-run", "--down", "--cluster", name, file], HINT)
+        return name, {}
+
+    def state(self, record: Record) -> State:
+        """From the rented cluster's queue, whose only job it is."""
+        shown = ask(["sky", "queue", record.id], HINT)
+        words = re.findall("|".join(rf"\b{word}\b" for word in STATES), shown)
+        return STATES[words[-1]] if words else State("unknown")
+
+    def cancel(self, record: Record) -> None:
+        """Give the hosts back."""
+        ask(["sky", "down", "--yes", record.id], HINT)

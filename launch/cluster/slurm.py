@@ -1,0 +1,170 @@
+"""Slurm: one batch job, one task a node, and in it DeepSpeed's per-node launcher.
+
+Run as a program on a node, it says which of the node's GPUs are the job's: see `devices` below.
+"""
+
+import base64
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from launch.cluster.job import Job
+from launch.cluster.record import Record, State
+from launch.errors import UserError
+
+ASK_SECONDS = 60
+GONE_WITHIN_SECONDS = 120.0
+PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
+
+
+class Backend:
+    """Submits with sbatch, asks squeue and scontrol, ends with scancel."""
+
+    def files(self, job: Job) -> dict[str, str]:
+        """The batch script."""
+        for option in job.site.slurm.options:
+            if not option.startswith("-") or "\n" in option:
+                raise UserError(
+                    f"slurm.options: '{option}' is no option of sbatch; write --name=value"
+                )
+        return {
+            "job.sbatch": job.render("slurm.sbatch.j2", python_version=platform.python_version())
+        }
+
+    def check(self, job: Job) -> None:
+        """Ask Slurm whether it would ever start this job.
+
+        Raises:
+            UserError: without Slurm's commands, for an unknown partition, or in Slurm's own words.
+        """
+        for program in ("sbatch", "squeue", "scontrol", "scancel", "sinfo"):
+            if not shutil.which(program):
+                raise UserError(
+                    f"--cluster slurm: there is no {program} on this machine; submit from a login node"
+                )
+        partition = job.site.slurm.partition
+        known = {name.strip("*") for name in _ask(["sinfo", "--noheader", "--format=%P"]).split()}
+        if partition and not set(partition.split(",")) <= known:
+            raise UserError(
+                f"slurm.partition: there is no partition '{partition}'; choose from: "
+                f"{', '.join(sorted(known))}"
+            )
+        script = self.files(job)["job.sbatch"]
+        _ask(["sbatch", "--test-only"], script, refused="Slurm would not run this job")
+
+    def submit(self, job: Job) -> tuple[str, dict[str, str]]:
+        """Hand the script to sbatch; the id is Slurm's."""
+        answer = _ask(
+            ["sbatch", "--parsable", str(job.folder / "job.sbatch")],
+            refused="sbatch refused the job",
+        )
+        return answer.strip().partition(";")[0], {}
+
+    def state(self, record: Record) -> State:
+        """From squeue and scontrol, and once Slurm has forgotten the job, from sacct or the run folder."""
+        line = _ask(
+            ["squeue", "--noheader", "--states=all", "--jobs", record.id, "--format=%T|%r|%N"],
+            unknown_is_empty=True,
+        ).strip()
+        if not line:
+            return _forgotten(record)
+        state, reason, nodes = line.splitlines()[0].split("|")
+        if state in PENDING:
+            return State("pending", reason)
+        if state in RUNNING:
+            return State("running", nodes)
+        if state == "COMPLETED":
+            if record.finished:
+                return State("completed")
+            return State("failed", "the job ended before the run did: it was asked to save and end")
+        if state == "CANCELLED":
+            return State("cancelled")
+        shown = _ask(["scontrol", "show", "job", record.id], unknown_is_empty=True)
+        code = re.search(r"ExitCode=(\d+):(\d+)", shown)
+        detail = f"exit code {code.group(1)}, signal {code.group(2)}" if code else reason
+        return State("failed", f"{state.lower()}, {detail}")
+
+    def cancel(self, record: Record) -> None:
+        """Have Slurm end the job, and wait until no process of it is left."""
+        _ask(["scancel", record.id], unknown_is_empty=True)
+        deadline = time.monotonic() + GONE_WITHIN_SECONDS
+        while _ask(
+            ["squeue", "--noheader", "--jobs", record.id, "--format=%T"], unknown_is_empty=True
+        ).strip():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"job {record.id} is still ending after {GONE_WITHIN_SECONDS:.0f} s; see: "
+                    f"squeue --jobs {record.id}"
+                )
+            time.sleep(0.5)
+
+
+def _forgotten(record: Record) -> State:
+    if record.finished:
+        return State("completed")
+    if shutil.which("sacct"):
+        done = subprocess.run(
+            ["sacct", "--noheader", "--parsable2", "--allocations", "--jobs", record.id,
+             "--format=State,ExitCode"],
+            capture_output=True, text=True, check=False, timeout=ASK_SECONDS,
+        )  # fmt: skip
+        state, _, code = done.stdout.strip().partition("|")
+        if state.startswith("CANCELLED"):
+            return State("cancelled")
+        if state:
+            return State("failed", f"{state.lower()}, exit code {code}")
+    return State("failed", "Slurm has forgotten the job, and its run has not finished")
+
+
+def _ask(
+    command: Sequence[str],
+    text: str | None = None,
+    refused: str = "",
+    unknown_is_empty: bool = False,
+) -> str:
+    """What a command of Slurm prints.
+
+    Raises:
+        UserError: with its reason in one line; `unknown_is_empty`: an unknown job is no error.
+    """
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, check=False, timeout=ASK_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{command[0]} has not answered within {ASK_SECONDS} s; is slurmctld up?"
+        ) from None
+    if done.returncode == 0:
+        return done.stdout
+    if unknown_is_empty and "Invalid job id" in done.stderr:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    reason = "; ".join(re.sub(r"^\w+: (error: )?", "", line) for line in lines) or "no reason given"
+    raise UserError(f"{refused or command[0]}: {reason}")
+
+
+def world_info(nodes: int, gpus_per_node: int, visible: str | None) -> str:
+    """`--world_info` for this node's launcher, which gives its ranks the devices that it lists.
+
+    Args:
+        nodes: number of nodes; of the others only the number of devices counts here.
+        gpus_per_node: ranks on each.
+        visible: CUDA_VISIBLE_DEVICES as Slurm has set it, perhaps "4,5" on a shared node.
+    """
+    given: list[str] = visible.split(",") if visible else []
+    own = given if len(given) == gpus_per_node else [str(number) for number in range(gpus_per_node)]
+    devices = [int(device) if device.isdecimal() else device for device in own]
+    listed = {f"node{number}": devices for number in range(nodes)}
+    return base64.urlsafe_b64encode(json.dumps(listed).encode()).decode()
+
+
+if __name__ == "__main__":
+    print(world_info(int(sys.argv[1]), int(sys.argv[2]), os.environ.get("CUDA_VISIBLE_DEVICES")))

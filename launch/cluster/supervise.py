@@ -1,0 +1,129 @@
+"""Stays beside a job on ssh hosts until it is over, and ends it everywhere when a part of it fails.
+
+    python -m launch.cluster.supervise JOB_FOLDER SCRIPT HOST ...
+
+`deepspeed` over pdsh does not: when a rank on one host fails it waits for the others to end by
+themselves, and it passes on no signal. The job's output is in job.log, and its end in exit_code.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, NoReturn
+
+from launch.cluster import end_on_host
+from launch.doctor.hosts import run_on_host
+from launch.errors import UserError
+
+# What pdsh writes when the command of one host has ended with another code than 0.
+HOST_ENDED = re.compile(r"pdsh@\S+: (\S+): (?:ssh exited with exit code (\d+)|.*)")
+GRACE_SECONDS = 10.0  # for the other ranks to say why they end, and for the front end to go
+STOPPED = 143
+
+
+class _Stopped(Exception):
+    """Somebody wants the job to end."""
+
+
+def end_everywhere(folder: Path, hosts: Sequence[str]) -> list[str]:
+    """End what is left of a job, here and on its hosts; returns a line for each where that failed."""
+    program = Path(end_on_host.__file__).read_text()
+
+    def end(host: str) -> str | None:
+        try:
+            run_on_host(host, ["python3", "-", str(folder)], stdin=program, timeout=40)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        asked = pool.map(end, hosts)
+        end_on_host.end(str(folder))
+        return [line for line in asked if line]
+
+
+def supervise(folder: Path, script: str, hosts: Sequence[str]) -> int:
+    """Run the job's script to its end, or to the first failure of a host; the exit code."""
+    with (folder / "job.log").open("a", buffering=1) as log:
+        command = subprocess.Popen(
+            ["bash", str(folder / script)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = _watch(command, log)
+        except _Stopped:
+            log.write("stopped: submit.py cancel, or a signal to the supervisor\n")
+            code = STOPPED
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        if code:
+            for line in end_everywhere(folder, hosts):
+                log.write(f"error: {line}; processes may be left there\n")
+            _end_command(command)
+            for line in _told(folder):
+                log.write(f"{line}\n")
+    return code
+
+
+def _watch(command: "subprocess.Popen[str]", log: IO[str]) -> int:
+    assert command.stdout is not None
+    for line in command.stdout:
+        log.write(line)
+        ended = HOST_ENDED.match(line)
+        if ended:
+            # The others lose their peer now, and tell it better than a signal lets them.
+            time.sleep(GRACE_SECONDS / 2)
+            return int(ended.group(2) or 1)
+    return command.wait()
+
+
+def _end_command(command: "subprocess.Popen[str]") -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(command.pid, number)
+            command.wait(GRACE_SECONDS)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    command.wait()
+
+
+def _told(folder: Path) -> list[str]:
+    found: dict[str, None] = {}
+    for log in sorted((folder / "logs").glob("*.log")):
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith("error: "):
+                found[line] = None
+    return list(found)
+
+
+def main() -> NoReturn:
+    """Supervise, and leave the exit code in a file that appears complete."""
+    folder, script, *hosts = sys.argv[1:]
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    code = supervise(Path(folder), script, hosts)
+    write_exit_code(Path(folder), code)
+    sys.exit(code)
+
+
+def write_exit_code(folder: Path, code: int) -> None:
+    """Say that the job is over, and how."""
+    unfinished = folder / ".exit_code"
+    unfinished.write_text(f"{code}\n")
+    unfinished.replace(folder / "exit_code")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Jobs over two ssh hosts, by deepspeed's own front end and by mpirun."""
+
+import contextlib
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launch.cluster.ssh_hosts import escaped
+from launch.errors import UserError
+from launch.recipe import ROOT
+from tests.cluster.jobs import (
+    AWKWARD,
+    LAYOUTS,
+    care,
+    losses,
+    recipe_values,
+    site,
+    state,
+    steps,
+    submit,
+    train_on_one_host,
+    training,
+    try_submit,
+    wait_for_nothing_left,
+    wait_for_step,
+    wait_until,
+    write_yaml,
+)
+from tests.cluster.virtual import Cluster
+
+MANY = 100_000  # steps that no test waits for
+LAUNCHERS = ("ssh", "openmpi")
+
+
+def recipe(cluster: Cluster, name: str, **changes: Any) -> Path:
+    return write_yaml(cluster.folder / f"hosts_{name}.yaml", recipe_values(cluster, **changes))
+
+
+def hosts(cluster: Cluster, name: str = "hosts", **changes: Any) -> Path:
+    return site(cluster, name, **{"hosts": {"hosts": list(cluster.hosts)}, **changes})
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("ssh", "zero2"), ("openmpi", "pp2_tp2")])
+def test_two_hosts_train_what_one_trains(
+    cluster: Cluster, kind: str, layout: str, tmp_path: Path
+) -> None:
+    values = recipe_values(cluster, steps=6, **LAYOUTS[layout])
+    file = write_yaml(cluster.folder / f"{kind}_{layout}.yaml", values)
+    edges = "  blanks at the ends  "
+    environment = {"NOTE": AWKWARD, "EDGES": edges, "EMPTY": "", "PLAIN": "a-b_c.d/e"}
+    place = hosts(cluster, kind, environment=environment)
+    job = submit(cluster, kind, file, place)
+
+    def started() -> bool:
+        return all(len(training(cluster, host)) == 2 for host in cluster.hosts)
+
+    wait_until(started, 90, "two ranks on each host")
+    for number, host in enumerate(cluster.hosts):
+        ranks = training(cluster, host)
+        assert sorted(ranks) == [2 * number, 2 * number + 1]
+        for process in ranks.values():
+            seen = process.environ()
+            assert {name: seen.get(name) for name in environment} == environment
+            assert seen["GLOO_SOCKET_IFNAME"] == "eth0"
+    followed = care(cluster, "status", "--follow", job.id)
+    assert followed.code == 0, followed.output + (job.run / "job/job.log").read_text()
+    assert "step 6/6" in followed.output
+
+    whole = train_on_one_host(values, tmp_path / "whole")
+    assert losses(job.run) == pytest.approx(losses(whole), rel=1e-6)
+    assert [log.stem.partition("_rank")[2] for log in job.logs] == ["0", "1", "2", "3"]
+    assert "completed" in state(cluster, job)
+    wait_for_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster, kind: str) -> None:
+    job = submit(cluster, kind, recipe(cluster, f"rank_{kind}", steps=MANY), hosts(cluster))
+    wait_for_step(job, 3)
+    training(cluster, cluster.hosts[1])[3].kill()
+    wait_for_nothing_left(cluster)
+    followed = care(cluster, "status", "--follow", str(job.run))
+    assert followed.code == 2
+    assert "the connection to another rank is lost" in followed.error()
+
+
+def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster) -> None:
+    """What a lost GPU collective does: the ranks of the other host notice nothing."""
+    job = submit(cluster, "ssh", recipe(cluster, "hang", steps=MANY), hosts(cluster))
+    wait_for_step(job, 3)
+    for process in training(cluster, cluster.hosts[0]).values():
+        process.send_signal(signal.SIGSTOP)
+    training(cluster, cluster.hosts[1])[2].kill()
+    wait_for_nothing_left(cluster)
+    assert "failed" in state(cluster, job)
+
+
+def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
+    job = submit(cluster, "ssh", recipe(cluster, "cancel", steps=MANY), hosts(cluster))
+    wait_for_step(job, 3)
+    ended = care(cluster, "cancel", job.id)
+    assert ended.code == 0, ended.output
+    wait_for_nothing_left(cluster, seconds=5)
+    assert "cancelled" in state(cluster, job)
+
+
+def test_a_job_is_cancelled_also_when_its_supervisor_was_killed(cluster: Cluster) -> None:
+    job = submit(cluster, "openmpi", recipe(cluster, "orphan", steps=MANY), hosts(cluster))
+    wait_for_step(job, 3)
+    supervisors = with_word("launch.cluster.supervise", f"{job.run}/job")
+    assert len(supervisors) == 1
+    supervisors[0].kill()
+    wait_until(lambda: "its supervisor was killed" in state(cluster, job), 20, "status tells")
+    assert care(cluster, "cancel", str(job.run)).code == 0
+    wait_for_nothing_left(cluster, seconds=5)
+    assert not with_word(f"{job.run}/job/hostfile")
+
+
+def with_word(*words: str) -> list[psutil.Process]:
+    """The living processes that have all of these words in their command line."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if set(words) <= set(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_a_job_that_is_asked_to_save_goes_on_when_submitted_again(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    values = recipe_values(cluster, steps=150, checkpoint={"every": 0})
+    file = write_yaml(cluster.folder / "hosts_again.yaml", values)
+    job = submit(cluster, "ssh", file, hosts(cluster))
+    wait_for_step(job, 3)
+    assert care(cluster, "cancel", job.id, "--save").code == 0
+    stopped = care(cluster, "status", "--follow", job.id)
+    assert stopped.code == 2
+    assert "it was asked to save and end" in stopped.error()
+    before = max(steps(job.run))
+    assert before < 150
+    again = submit(cluster, "ssh", file, hosts(cluster), "--set", f"run.dir={job.run}", "--follow")
+    assert again.run == job.run
+    assert any(f"resuming after step {before}" in log.read_text() for log in job.logs)
+    whole = train_on_one_host(values, tmp_path / "whole")
+    name = "model.safetensors"
+    assert (job.run / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_host_that_is_off_is_told(cluster: Cluster, kind: str) -> None:
+    place = hosts(cluster, "off", hosts={"hosts": [cluster.hosts[0], "10.77.0.99"]})
+    ended = try_submit(cluster, kind, recipe(cluster, "off"), place)
+    assert ended.code == 2
+    assert "host 10.77.0.99: " in ended.error()
+
+
+def test_hosts_that_cannot_run_the_job_are_told(cluster: Cluster) -> None:
+    first, second = cluster.hosts
+    file = recipe(cluster, "bad")
+
+    def error(**changes: Any) -> str:
+        ended = try_submit(cluster, "ssh", file, hosts(cluster, "bad", **changes))
+        assert ended.code == 2, ended.output
+        return ended.error()
+
+    assert "host nowhere: nobody knows this name" in error(hosts={"hosts": [first, "nowhere"]})
+    assert "name its hosts in the site file" in error(hosts={})
+    assert "there are 1 hosts, and --nodes asks for 2" in error(hosts={"hosts": [first]})
+    assert "there is no interface wlan7; choose from: " in error(interface="wlan7")
+    hostfile = cluster.folder / "bad-hostfile"
+    hostfile.write_text(f"{first} slots=2\n{second}\n")
+    assert f"{hostfile}:2: '{second}' is no host" in error(hosts={"hostfile": str(hostfile)})
+    hostfile.write_text(f"{first} slots=2\n{second} slots=1\n")
+    assert f"{second} has 1 slots" in error(hosts={"hostfile": str(hostfile)})
+    assert "cannot read the hostfile" in error(hosts={"hostfile": "/nowhere"})
+    assert f"host {first}: there is no /nowhere/python" in error(python="/nowhere/python")
+    (cluster.folder / "runs").mkdir(exist_ok=True)
+    with cluster.hide(second, cluster.folder / "runs"):
+        assert f"host {second}: does not see {cluster.folder}/runs" in error()
+    with cluster.hide(second, ROOT / "launch"):
+        assert f"host {second}: there is no checkout at {ROOT}" in error()
+
+
+def test_another_python_on_a_host_is_told(cluster: Cluster) -> None:
+    python = cluster.folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other = cluster.folder / "other-python"
+    other.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'import platform, sys; "
+        'platform.python_version = lambda: "3.9.2"; sys.argv.pop(0); exec(sys.stdin.read())\' "$@"\n'
+    )
+    for file in (python, other):
+        file.chmod(0o755)
+    second = cluster.hosts[1]
+    with cluster.replace(second, python, other):
+        ended = try_submit(
+            cluster, "ssh", recipe(cluster, "python"), hosts(cluster, "py", python=str(python))
+        )
+    assert ended.code == 2
+    assert f"host {second}: Python 3.9.2 at {python}, and 3.11" in ended.error()
+
+
+def test_a_port_in_use_is_told(cluster: Cluster) -> None:
+    listen = "import socket, time; s = socket.create_server(('', 23457)); time.sleep(600)"
+    other = cluster.start(["python3", "-c", listen], cluster.hosts[0])
+    try:
+        ended = try_submit(cluster, "ssh", recipe(cluster, "port"), hosts(cluster, "p", port=23457))
+    finally:
+        cluster.run(["pkill", "-f", "create_server.*23457"], cluster.hosts[0])
+        other.wait(timeout=10)
+    assert ended.code == 2
+    assert f"host {cluster.hosts[0]}: port 23457 is in use" in ended.error()
+
+
+def test_a_value_that_deepspeed_cannot_hand_over_is_refused() -> None:
+    with pytest.raises(UserError, match=r"environment\.NOTE: a value of several lines"):
+        escaped("NOTE", "one\ntwo")
+
+
+def test_plain_mpirun_starts_one_world(cluster: Cluster, tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "plain.yaml", recipe_values(cluster, steps=2))
+    values = [f"run.dir={tmp_path}/run", "train.global_batch_size=4"]
+    command = [
+        "mpirun", "--allow-run-as-root", "-np", "2", "--oversubscribe", sys.executable,
+        str(ROOT / "launch/train.py"), "--config", str(file), "--set", *values,
+    ]  # fmt: skip
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "23458"}
+    refused = cluster.run(command)
+    assert refused.code != 0
+    assert "MASTER_ADDR and MASTER_PORT not set: mpirun does not say where" in refused.output
+    done = cluster.run(command, env=env)
+    assert done.code == 0, done.output
+    assert "2 ranks = pipeline 1 x data 2 x tensor 1" in done.output

@@ -1,0 +1,209 @@
+"""Jobs on a real Slurm of two nodes: the same training as on one host, and every way to end."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.jobs import (
+    AWKWARD,
+    LAYOUTS,
+    care,
+    losses,
+    recipe_values,
+    site,
+    state,
+    submit,
+    train_on_one_host,
+    training,
+    try_submit,
+    wait_for_nothing_left,
+    wait_for_step,
+    wait_until,
+    write_yaml,
+)
+from tests.cluster.virtual import Cluster
+
+MANY = 100_000  # steps that no test waits for
+
+
+def recipe(cluster: Cluster, name: str, **changes: Any) -> Path:
+    return write_yaml(cluster.folder / f"slurm_{name}.yaml", recipe_values(cluster, **changes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_nodes_train_what_one_host_trains(
+    cluster: Cluster, layout: str, tmp_path: Path
+) -> None:
+    values = recipe_values(cluster, steps=6, **LAYOUTS[layout])
+    file = write_yaml(cluster.folder / f"slurm_{layout}.yaml", values)
+    place = site(cluster, layout, slurm={"partition": "gpu"}, environment={"NOTE": AWKWARD})
+    # GPUs 0 and 1 of each node belong to somebody else.
+    neighbour = cluster.run(
+        ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", "--output=/dev/null",
+         "--wrap", "srun sleep 600"]
+    )  # fmt: skip
+    assert neighbour.code == 0, neighbour.output
+    prompt = {"run.sample_prompt": AWKWARD.replace("${", "\\${")}
+    words = [f"{key}={write_inline(value)}" for key, value in prompt.items()]
+    job = submit(cluster, "slurm", file, place, "--set", *words)
+
+    def started() -> bool:
+        return all(len(training(cluster, host)) == 2 for host in cluster.hosts)
+
+    wait_until(started, 90, "two ranks on each node")
+    for number, host in enumerate(cluster.hosts):
+        ranks = training(cluster, host)
+        assert sorted(ranks) == [2 * number, 2 * number + 1]
+        for process in ranks.values():
+            assert process.environ()["NOTE"] == AWKWARD
+            assert process.environ()["CUDA_VISIBLE_DEVICES"] == "2,3"
+    followed = care(cluster, "status", "--follow", str(job.run))
+    assert cluster.run(["scancel", neighbour.output.strip()]).code == 0
+    assert followed.code == 0, followed.output
+    assert "step 6/6" in followed.output
+
+    whole = train_on_one_host(values, tmp_path / "whole")
+    assert losses(job.run) == pytest.approx(losses(whole), rel=1e-6)
+    assert [log.stem.partition("_rank")[2] for log in job.logs] == ["0", "1", "2", "3"]
+    assert yaml.safe_load((job.run / "recipe.yaml").read_text())["run"]["sample_prompt"] == AWKWARD
+    for host in cluster.hosts:
+        assert f"{host}" in (job.run / f"job/slurm-{job.id}.log").read_text()
+    wait_for_nothing_left(cluster)
+
+
+def write_inline(text: str) -> str:
+    """Text as a YAML scalar of one line."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    # About 40 s of training on two cores; the signal comes some 30 s after the job's start.
+    values = recipe_values(cluster, steps=120, checkpoint={"every": 0})
+    values["train"] |= {"global_batch_size": 64}
+    file = write_yaml(cluster.folder / "slurm_limit.yaml", values)
+    place = site(cluster, "limit", slurm={"time": "2", "save_seconds": 60})
+    job = submit(cluster, "slurm", file, place)
+    followed = care(cluster, "status", "--follow", str(job.run))
+    log = (job.run / f"job/slurm-{job.id}.log").read_text()
+    assert followed.code == 0, followed.output + log
+    assert "saved before the time limit" in log
+    assert "start 1 of job" in log
+    first = "".join(log.read_text() for log in job.logs if log.stem.endswith("rank0"))
+    assert "stopped on request after step" in first
+    assert "resuming after step" in first
+    whole = train_on_one_host(values, tmp_path / "whole")
+    name = "model.safetensors"
+    assert (job.run / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
+    job = submit(cluster, "slurm", recipe(cluster, "cancel", steps=MANY), site(cluster, "plain"))
+    wait_for_step(job, 3)
+    ended = care(cluster, "cancel", job.id)
+    assert ended.code == 0, ended.output
+    wait_for_nothing_left(cluster)
+    assert "cancelled" in state(cluster, job)
+
+
+def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster) -> None:
+    job = submit(cluster, "slurm", recipe(cluster, "rank", steps=MANY), site(cluster, "plain"))
+    wait_for_step(job, 3)
+    training(cluster, cluster.hosts[1])[3].kill()
+    wait_for_nothing_left(cluster)
+    followed = care(cluster, "status", "--follow", str(job.run))
+    assert followed.code == 2
+    assert "the connection to another rank is lost" in followed.error()
+    assert "logs:" in followed.error()
+
+
+def test_a_node_whose_ranks_hang_is_ended_when_a_rank_of_another_fails(cluster: Cluster) -> None:
+    job = submit(cluster, "slurm", recipe(cluster, "hang", steps=MANY), site(cluster, "plain"))
+    wait_for_step(job, 3)
+    for process in training(cluster, cluster.hosts[0]).values():
+        process.suspend()
+    training(cluster, cluster.hosts[1])[3].kill()
+    wait_for_nothing_left(cluster)
+
+
+def test_a_job_whose_node_dies_goes_on_when_it_is_back(cluster: Cluster) -> None:
+    job = submit(cluster, "slurm", recipe(cluster, "node", steps=MANY), site(cluster, "plain"))
+    wait_for_step(job, 5)
+    cluster.kill_host(cluster.hosts[1])
+    try:
+        wait_until(lambda: "pending" in state(cluster, job), 120, "Slurm puts the job back")
+    finally:
+        cluster.start_host(cluster.hosts[1])
+
+    def resumed() -> bool:
+        return any("resuming after step" in log.read_text() for log in job.logs)
+
+    wait_until(resumed, 120, "the job resumes")
+    assert care(cluster, "cancel", job.id).code == 0
+    wait_for_nothing_left(cluster)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "expected"),
+    [
+        (
+            {"slurm": {"partition": "gqu"}},
+            2,
+            "slurm.partition: there is no partition 'gqu'; choose",
+        ),
+        ({}, 16, "Slurm would not run this job: "),
+        ({"slurm": {"time": "2-00:00:00"}}, 2, "Slurm would not run this job: "),
+    ],
+    ids=["partition", "GPUs", "time"],
+)
+def test_what_slurm_refuses_is_told_before_submission(
+    cluster: Cluster, changes: dict[str, Any], gpus: int, expected: str
+) -> None:
+    values = recipe_values(cluster)
+    values["train"] |= {"global_batch_size": 64}
+    file = write_yaml(cluster.folder / "slurm_refused.yaml", values)
+    ended = try_submit(cluster, "slurm", file, site(cluster, "bad", **changes), gpus=gpus)
+    assert ended.code == 2
+    assert expected in ended.error()
+    assert "\njob: " not in ended.output
+
+
+def test_a_port_in_use_is_told(cluster: Cluster) -> None:
+    listen = "import socket, time; s = socket.create_server(('', 23456)); time.sleep(600)"
+    other = cluster.start(["python3", "-c", listen], cluster.hosts[0])
+    file = recipe(cluster, "port")
+    ended = try_submit(cluster, "slurm", file, site(cluster, "port", port=23456), "--follow")
+    cluster.run(["pkill", "-f", "create_server.*23456"], cluster.hosts[0])
+    other.wait(timeout=10)
+    assert ended.code == 2
+    assert "port 23456 is in use on this machine" in ended.error()
+    wait_for_nothing_left(cluster)
+
+
+def test_a_node_without_the_shared_folder_is_told(cluster: Cluster) -> None:
+    (cluster.folder / "runs").mkdir(exist_ok=True)
+    with cluster.hide(cluster.hosts[1], cluster.folder / "runs"):
+        ended = try_submit(
+            cluster, "slurm", recipe(cluster, "hidden"), site(cluster, "plain"), "--follow"
+        )
+    assert ended.code == 2
+    assert f"{cluster.hosts[1]}: there is no {cluster.folder}/runs" in ended.error()
+
+
+def test_another_python_on_a_node_is_told(cluster: Cluster) -> None:
+    python, other = cluster.folder / "slurm-python", cluster.folder / "slurm-other-python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other.write_text("#!/bin/sh\necho 3.9.2\n")
+    for file in (python, other):
+        file.chmod(0o755)
+    place = site(cluster, "python", python=str(python))
+    second = cluster.hosts[1]
+    with cluster.replace(second, python, other):
+        ended = try_submit(cluster, "slurm", recipe(cluster, "python"), place, "--follow")
+    assert ended.code == 2
+    assert f"{second}: Python 3.9.2 at {python}, and 3." in ended.error()
+    wait_for_nothing_left(cluster)
