@@ -58,24 +58,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--line", action="store_true", help="one line about this host, and no more")
-    parser.add_argument(
-        "--expect-python", metavar="X.Y.Z", help="with --line: the version that it has to be"
-    )
     return parser.parse_args(arguments)
 
 
-def one_line(folder: Path, expected: str | None) -> str:
+def one_line(folder: Path) -> str:
     """This host in a line, without importing a framework.
 
     Raises:
         UserError: where a run cannot start here.
     """
     host, version = platform.node(), platform.python_version()
-    if expected and version != expected:
-        raise UserError(
-            f"{host}: Python {version} at {sys.executable}, and {expected} where the job was submitted; "
-            "every node needs the same one (python: in the site file)"
-        )
     if not os.access(folder, os.W_OK):
         raise UserError(
             f"{host}: cannot write to {folder}; it has to be on a disk that every node shares"
@@ -211,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.folder = given.folder.absolute()
     with one_line_errors():
         if given.line:
-            print(one_line(given.folder, given.expect_python))
+            print(one_line(given.folder))
             return
         lines = check_hosts(given) if given.hostfile else check_here(given)
         if given.json:

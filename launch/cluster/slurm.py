@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from launch.cluster.job import Job
 from launch.cluster.record import Record, State
-from launch.errors import UserError
+from launch.errors import UserError, one_line_errors
 
 ASK_SECONDS = 60
 GONE_WITHIN_SECONDS = 120.0
@@ -77,7 +77,7 @@ class Backend:
             return _forgotten(record)
         state, reason, nodes = line.splitlines()[0].split("|")
         if state in PENDING:
-            return State("pending", reason)
+            return State("pending", "" if reason == "None" else reason)
         if state in RUNNING:
             return State("running", nodes)
         if state == "COMPLETED":
@@ -157,14 +157,24 @@ def world_info(nodes: int, gpus_per_node: int, visible: str | None) -> str:
     Args:
         nodes: number of nodes; of the others only the number of devices counts here.
         gpus_per_node: ranks on each.
-        visible: CUDA_VISIBLE_DEVICES as Slurm has set it, perhaps "4,5" on a shared node.
+        visible: CUDA_VISIBLE_DEVICES as Slurm has set it, perhaps "4,5" on a shared node; None or empty
+            where Slurm hands no GPUs out.
+
+    Raises:
+        UserError: where Slurm has given another number of GPUs.
     """
-    given: list[str] = visible.split(",") if visible else []
-    own = given if len(given) == gpus_per_node else [str(number) for number in range(gpus_per_node)]
+    own = visible.split(",") if visible else [str(number) for number in range(gpus_per_node)]
+    if len(own) != gpus_per_node:
+        raise UserError(
+            f"{platform.node()}: Slurm gave the job GPUs {visible} on this node, and it wants "
+            f"{gpus_per_node}; see slurm.gpus and slurm.options in the site file"
+        )
     devices = [int(device) if device.isdecimal() else device for device in own]
     listed = {f"node{number}": devices for number in range(nodes)}
     return base64.urlsafe_b64encode(json.dumps(listed).encode()).decode()
 
 
 if __name__ == "__main__":
-    print(world_info(int(sys.argv[1]), int(sys.argv[2]), os.environ.get("CUDA_VISIBLE_DEVICES")))
+    with one_line_errors():
+        visible_here = os.environ.get("CUDA_VISIBLE_DEVICES")
+        print(world_info(int(sys.argv[1]), int(sys.argv[2]), visible_here))

@@ -52,16 +52,13 @@ def test_what_fails_is_told_with_its_remedy(tmp_path: Path) -> None:
 
 def test_one_line_for_a_job_s_log(tmp_path: Path) -> None:
     version = platform.python_version()
-    done = doctor("--line", "--folder", tmp_path, "--expect-python", version)
+    done = doctor("--line", "--folder", tmp_path)
     assert done.code == 0
     assert done.output.startswith(f"{platform.node()}: Python {version}, torch 2.")
     assert done.output.count("\n") == 1
 
 
 def test_one_line_says_why_a_node_cannot_run(tmp_path: Path) -> None:
-    other = doctor("--line", "--folder", tmp_path, "--expect-python", "3.9.2")
-    assert other.code == 2
-    assert "and 3.9.2 where the job was submitted" in other.error()
     missing = doctor("--line", "--folder", tmp_path / "gone")
     assert missing.code == 2
     assert f"cannot write to {tmp_path}/gone" in missing.error()

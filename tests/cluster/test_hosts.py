@@ -1,6 +1,7 @@
 """Jobs over two ssh hosts, by deepspeed's own front end and by mpirun."""
 
 import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -211,7 +212,7 @@ def test_a_port_in_use_is_told(cluster: Cluster) -> None:
     try:
         ended = try_submit(cluster, "ssh", recipe(cluster, "port"), hosts(cluster, "p", port=23457))
     finally:
-        cluster.run(["pkill", "-f", "create_server.*23457"], cluster.hosts[0])
+        os.killpg(other.pid, signal.SIGKILL)
         other.wait(timeout=10)
     assert ended.code == 2
     assert f"host {cluster.hosts[0]}: port 23457 is in use" in ended.error()

@@ -1,5 +1,7 @@
 """Jobs on a real Slurm of two nodes: the same training as on one host, and every way to end."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,11 +84,12 @@ def write_inline(text: str) -> str:
 def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    # About 40 s of training on two cores; the signal comes some 30 s after the job's start.
+    # The signal comes some 30 s after the start, with training under way or just before it.
     values = recipe_values(cluster, steps=120, checkpoint={"every": 0})
     values["train"] |= {"global_batch_size": 64}
     file = write_yaml(cluster.folder / "slurm_limit.yaml", values)
-    place = site(cluster, "limit", slurm={"time": "2", "save_seconds": 60})
+    slurm = {"time": "2", "save_seconds": 60}
+    place = site(cluster, "limit", slurm=slurm, runs=str(cluster.folder / "runs with 50% blanks"))
     job = submit(cluster, "slurm", file, place)
     followed = care(cluster, "status", "--follow", str(job.run))
     log = (job.run / f"job/slurm-{job.id}.log").read_text()
@@ -177,7 +180,7 @@ def test_a_port_in_use_is_told(cluster: Cluster) -> None:
     other = cluster.start(["python3", "-c", listen], cluster.hosts[0])
     file = recipe(cluster, "port")
     ended = try_submit(cluster, "slurm", file, site(cluster, "port", port=23456), "--follow")
-    cluster.run(["pkill", "-f", "create_server.*23456"], cluster.hosts[0])
+    os.killpg(other.pid, signal.SIGKILL)
     other.wait(timeout=10)
     assert ended.code == 2
     assert "port 23456 is in use on this machine" in ended.error()
