@@ -6,6 +6,7 @@ from typing import Any, Literal
 MIN_SHM_GIB = 1.0
 MIN_FREE_GIB = 10.0
 MIN_FILES = 4096
+UNLIMITED = -1  # resource.RLIM_INFINITY
 SLOW_DISK_GB_S = 0.1
 SKEW_WARNS_SECONDS, SKEW_FAILS_SECONDS = 2.0, 60.0
 
@@ -67,6 +68,9 @@ def check_host(facts: dict[str, Any], several: bool, port: int | None) -> list[L
         )
     else:
         lines.append(Line("ok", host, f"no GPU: trains on {facts['cores']} CPU cores with gloo"))
+    lines.append(
+        Line("ok", host, f"{facts['free_memory_gib']} GiB of memory free, {facts['libc']}")
+    )
     programs = facts["programs"]
     line(bool(programs["c++"]), f"C++ compiler {programs['c++'] or 'missing'}",
          "offload recipes compile; run: apt-get install g++", "warn")  # fmt: skip
@@ -84,6 +88,9 @@ def check_host(facts: dict[str, Any], several: bool, port: int | None) -> list[L
          "NCCL needs more; containers: --shm-size=16g, Kubernetes: a Memory emptyDir", "warn")  # fmt: skip
     line(facts["nofile"] >= MIN_FILES, f"open files: {facts['nofile']}",
          f"many ranks need more; run: ulimit -n {16 * MIN_FILES}", "warn")  # fmt: skip
+    if gpus and several:
+        line(facts["memlock"] == UNLIMITED, "locked memory",
+             "InfiniBand needs it; run: ulimit -l unlimited", "warn")  # fmt: skip
     lines += _check_network(facts, several, port)
     lines += _check_disk(facts)
     return lines

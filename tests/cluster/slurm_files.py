@@ -22,6 +22,7 @@ PROGRAMS = (
     "slurmd", "sbatch", "srun", "sinfo", "sshd", "ssh", "ssh-keygen", "pdsh", "mpirun",
 )  # fmt: skip
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+ENVIRONMENT = {**os.environ, "PATH": PATH}  # root's programs, also for one whose PATH lacks them
 PROBE = "mount -t tmpfs probe /mnt && mkdir /mnt/f && mount -t cgroup -o freezer freezer /mnt/f"
 # A killed task that is frozen would never end, and its folder would stay.
 REMOVE_CGROUPS = """\
@@ -191,7 +192,7 @@ def _make_key(file: Path) -> str:
 
 def do(*command: str) -> None:
     """Run a command of the machine; what it says is the error where it fails."""
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert ended.returncode == 0, f"{' '.join(command)}: {ended.stdout}{ended.stderr}"
 
 
@@ -205,7 +206,7 @@ def remove(cluster: str) -> None:
     for etc in ETC.glob(f"{cluster}-*"):
         shutil.rmtree(etc)
     script = ["unshare", "--mount", "sh", "-c", REMOVE_CGROUPS, "sh", "/mnt", cluster]
-    subprocess.run(script, check=True)
+    subprocess.run(script, check=True, env=ENVIRONMENT)
     shutil.rmtree(STATE / cluster, ignore_errors=True)
 
 
@@ -236,7 +237,9 @@ def end_all(namespace: str) -> None:
 
 def _living(namespace: str) -> list[int]:
     command = ["ip", "netns", "pids", namespace]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    listed = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=ENVIRONMENT
+    ).stdout
     found = []
     for pid in map(int, listed.split()):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -263,7 +266,7 @@ def check_machine() -> None:
         names = ", ".join(missing)
         raise UserError(f"cluster tests: {names} missing; run `scripts/setup.sh test`")
     probe = ["unshare", "--mount", "--net", "--uts", "--pid", "--fork", "sh", "-c", PROBE]
-    ended = subprocess.run(probe, capture_output=True, text=True, check=False)
+    ended = subprocess.run(probe, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     if ended.returncode != 0:
         raise UserError(
             "cluster tests: namespaces or the freezer cgroup (v1) are not allowed here "

@@ -22,6 +22,7 @@ import psutil
 from launch.recipe import ROOT
 from tests.cli.commands import OF_A_RANK, Ended
 from tests.cluster.slurm_files import (
+    ENVIRONMENT,
     ETC,
     HOST_START,
     HUB_ADDRESS,
@@ -263,7 +264,7 @@ class Cluster:
         """What a host has sent to the others, in bytes with headers."""
         shown = subprocess.run(
             ["ip", "-n", host, "-json", "-statistics", "link", "show", "eth0"],
-            capture_output=True, text=True, check=True,
+            capture_output=True, text=True, check=True, env=ENVIRONMENT,
         )  # fmt: skip
         return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"])
 

@@ -62,6 +62,7 @@ PLANTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no libaio": ({"libaio": False}, "warn", "libaio.h missing"),
     "small shm": ({"shm_gib": 0.06}, "warn", "/dev/shm 0.06 GiB"),
     "few files": ({"nofile": 1024}, "warn", "open files: 1024"),
+    "little locked memory": ({"memlock": 65536}, "warn", "locked memory"),
     "no name": ({"addresses": []}, "FAIL", "resolves to nothing"),
     "loopback": ({"addresses": ["127.0.1.1"]}, "FAIL", "resolves to 127.0.1.1"),
     "no network": ({"interfaces": {"lo": "127.0.0.1"}, "variables": {}}, "FAIL", "no network"),
