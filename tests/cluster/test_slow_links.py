@@ -1,4 +1,4 @@
-"""Two hosts and a slow link: what crosses it is what models/README.md counts, and what that costs."""
+"""Two hosts and a slow link: what crosses it is what models/README.md counts."""
 
 import pytest
 
@@ -21,7 +21,3 @@ def test_a_step_sends_what_the_tables_of_traffic_say(
     short = train(cluster, layout, "unlimited", steps=2)
     for sent in sent_a_step(short, slow[layout]):
         assert sent == pytest.approx(expected(layout), rel=HEADERS)
-
-
-def test_a_pipeline_minds_a_slow_link_least(slow: dict[str, Measured]) -> None:
-    assert slow["ZeRO-3"].seconds > slow["pipeline 2"].seconds

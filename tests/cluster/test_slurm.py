@@ -84,12 +84,12 @@ def write_inline(text: str) -> str:
 def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    values = recipe_values(cluster, steps=300, checkpoint={"every": 0})
+    values = recipe_values(cluster, steps=200, checkpoint={"every": 0})
     file = write_yaml(cluster.folder / "slurm_limit.yaml", values)
     slurm = {"time": "2", "save_seconds": 60}
     place = site(cluster, "limit", slurm=slurm, runs=str(cluster.folder / "runs with 50% blanks"))
-    # The signal comes 30 to 60 s after the start; on a slow link no machine has done 300 steps by then.
-    with cluster.limit("10mbit"):
+    # The signal comes 30 to 60 s after the start; on a slow link no machine has done 200 steps by then.
+    with cluster.limit("5mbit"):
         job = submit(cluster, "slurm", file, place)
         wait_until(lambda: (job.run / "checkpoints").is_dir(), 150, "the run saves")
     followed = care(cluster, "status", "--follow", str(job.run))
