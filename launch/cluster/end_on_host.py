@@ -4,6 +4,7 @@
 
 A process is the job's when it has both the training script and a path in the job's folder among its
 words: its ranks, their launcher, and the commands that started those. No other job has that folder.
+So is what runs the job's node.sh: mpirun, whose words do not have the training script.
 """
 
 import os
@@ -18,6 +19,7 @@ SECONDS_TO_END = 10.0
 
 def processes_of(folder: str) -> list[int]:
     """The ids of the job's living processes on this host."""
+    node_script = {"bash", f"{folder}/node.sh"}
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
@@ -26,7 +28,8 @@ def processes_of(folder: str) -> list[int]:
             words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it has ended
             continue
-        if SCRIPT in words and any(f"{folder}/" in word for word in words):
+        training = SCRIPT in words and any(f"{folder}/" in word for word in words)
+        if training or node_script <= set(words):
             found.append(int(entry.name))
     return found
 

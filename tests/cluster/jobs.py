@@ -44,6 +44,11 @@ class Submitted:
         """A log a rank and start."""
         return sorted((self.run / "job/logs").glob("*.log"))
 
+    @property
+    def ranks_with_logs(self) -> list[int]:
+        """The ranks that wrote one; a log's name begins with its host's time of start."""
+        return sorted(int(log.stem.partition("_rank")[2]) for log in self.logs)
+
 
 def recipe_values(cluster: Cluster, steps: int = 4, **blocks: Any) -> dict[str, Any]:
     """A recipe of 37 thousand parameters, with dropout, in fp32; `blocks` take the place of whole ones."""

@@ -69,7 +69,7 @@ def test_two_nodes_train_what_one_host_trains(
 
     whole = train_on_one_host(values, tmp_path / "whole")
     assert losses(job.run) == pytest.approx(losses(whole), rel=1e-6)
-    assert [log.stem.partition("_rank")[2] for log in job.logs] == ["0", "1", "2", "3"]
+    assert job.ranks_with_logs == [0, 1, 2, 3]
     assert yaml.safe_load((job.run / "recipe.yaml").read_text())["run"]["sample_prompt"] == AWKWARD
     for host in cluster.hosts:
         assert f"{host}" in (job.run / f"job/slurm-{job.id}.log").read_text()

@@ -56,16 +56,18 @@ def test_only_the_job_s_own_processes_are_ended(tmp_path: Path) -> None:
     own, other = tmp_path / "a/job", tmp_path / "ab/job"
     command = [sys.executable, "-c", sleep]
     mine = subprocess.Popen([*command, "launch/train.py", "--config", f"{own}/x.yaml"])
+    mpirun = subprocess.Popen([*command, "--hostfile", f"{own}/hostfile", "bash", f"{own}/node.sh"])
     neighbour = subprocess.Popen([*command, "launch/train.py", "--config", f"{other}/x.yaml"])
-    reader = subprocess.Popen([*command, f"{own}/logs/x.log"])
+    reader = subprocess.Popen([*command, f"{own}/logs/x.log", f"{own}/node.sh"])
     try:
-        assert end_on_host.processes_of(str(own)) == [mine.pid]
-        mine.terminate()
-        mine.wait(timeout=10)
+        assert sorted(end_on_host.processes_of(str(own))) == sorted([mine.pid, mpirun.pid])
+        for process in (mine, mpirun):
+            process.terminate()
+            process.wait(timeout=10)
         assert end_on_host.end(str(own)) == 0
         assert neighbour.poll() is None
         assert reader.poll() is None
     finally:
-        for process in (mine, neighbour, reader):
+        for process in (mine, mpirun, neighbour, reader):
             process.kill()
             process.wait()
