@@ -23,7 +23,7 @@ from rich.table import Table
 
 from launch.cluster.backend import MODULES, SHARED_DISK, backend_of
 from launch.cluster.follow import errors, follow, progress
-from launch.cluster.job import make_job, notes, write_files
+from launch.cluster.job import Job, make_job, notes, write_files
 from launch.cluster.record import Record, find, records, remember
 from launch.cluster.site import load_site
 from launch.errors import UserError, one_line_errors
@@ -96,6 +96,7 @@ def submit(given: argparse.Namespace) -> int:
         for name, text in {**files, job.config.name: job.recipe_yaml}.items():
             say(f"##### {job.folder / name}\n{text}")
     else:
+        refuse_a_second_job(job)
         backend.check(job)
         write_files(job, files)
         identifier, details = backend.submit(job)
@@ -109,6 +110,23 @@ def submit(given: argparse.Namespace) -> int:
     say(f"logs: {job.logs}")
     say(f"run folder: {job.run}")
     return watch(record) if given.follow else 0
+
+
+def refuse_a_second_job(job: Job) -> None:
+    """Two jobs in one run folder would write over each other's checkpoints.
+
+    Raises:
+        UserError: where an earlier job of the run is not over.
+    """
+    if (job.folder / "job.json").exists():
+        earlier = find(str(job.folder))
+        state = backend_of(earlier.cluster).state(earlier)
+        if not state.over:
+            raise UserError(
+                f"run.dir: job {earlier.id} has {job.run} and is {state.kind}; wait for its end, or "
+                f"end it: scripts/submit.py cancel {earlier.id} (if it is surely gone: rm "
+                f"{job.folder}/job.json)"
+            )
 
 
 def watch(record: Record) -> int:

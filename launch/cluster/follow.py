@@ -45,10 +45,13 @@ def follow(record: Record, say: Callable[[str], None]) -> State:
 
 
 def errors(record: Record) -> list[str]:
-    """The `error:` lines in the logs of the ranks and of the job, without repetition."""
+    """The `error:` lines in the logs of the job and of its ranks, without repetition.
+
+    The job's come first: a host that is gone is the cause, and what the other ranks say the effect.
+    """
     folder = Path(record.folder)
     found: dict[str, None] = {}
-    for log in (*sorted(folder.glob("logs/*.log")), *sorted(folder.glob("*.log"))):
+    for log in (*sorted(folder.glob("*.log")), *sorted(folder.glob("logs/*.log"))):
         for line in log.read_text(errors="replace").splitlines():
             told = ERROR.match(line)
             if told:

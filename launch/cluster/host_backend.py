@@ -29,6 +29,7 @@ class HostBackend:
     script: str
     program: str
     package: str
+    on_every_host: bool  # whether the program has to be there too, and not only here
 
     @cached_property
     def _port(self) -> dict[str, int]:
@@ -63,7 +64,7 @@ class HostBackend:
                     f"--cluster {job.cluster}: there is no {program} on this machine; run: apt-get "
                     f"install {package}"
                 )
-        check_hosts(job, self.port(job))
+        check_hosts(job, self.port(job), {self.program: self.package} if self.on_every_host else {})
 
     def submit(self, job: Job) -> tuple[str, dict[str, str]]:
         """Start the supervisor, which outlives this command."""
@@ -72,7 +73,8 @@ class HostBackend:
         hosts = list(hosts_of(job))
         with (job.folder / "job.log").open("a") as log:
             supervisor = subprocess.Popen(
-                [sys.executable, "-m", "launch.cluster.supervise", str(job.folder), self.script, *hosts],
+                [sys.executable, "-m", "launch.cluster.supervise", str(job.folder), self.script,
+                 job.python, *hosts],
                 cwd=job.checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
@@ -81,6 +83,7 @@ class HostBackend:
             "supervisor": str(supervisor.pid),
             "started": repr(started),
             "machine": platform.node(),
+            "python": job.python,
             "hosts": " ".join(hosts),
         }
         return f"{job.cluster}-{time.strftime('%H%M%S')}-{supervisor.pid}", details
@@ -128,7 +131,8 @@ class HostBackend:
             while self._supervisor(record) is not None and time.monotonic() < deadline:
                 time.sleep(0.2)
         if not (folder / "exit_code").exists():
-            left = end_everywhere(folder, record.details["hosts"].split())
+            hosts = record.details["hosts"].split()
+            left = end_everywhere(folder, record.details["python"], hosts)
             if left:
                 raise UserError(f"{record.id}: {'; '.join(left)}; processes may be left there")
             write_exit_code(folder, STOPPED)

@@ -4,6 +4,7 @@ import contextlib
 import random
 import time
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,13 @@ def master_port(job: Job) -> int:
     return job.site.port or random.SystemRandom().randrange(*PORTS)
 
 
-def check_hosts(job: Job, port: int) -> None:
+def check_hosts(job: Job, port: int, programs: Mapping[str, str]) -> None:
     """Ask every host whether it could run the job. Makes the run folder, which they have to see.
+
+    Args:
+        job: what they would run.
+        port: where rank 0 would listen.
+        programs: what each host has to have, with the package that it is in.
 
     Raises:
         UserError: for the first thing that is wrong, naming the host and what to do.
@@ -81,6 +87,11 @@ def check_hosts(job: Job, port: int) -> None:
             )
         for host, facts in zip(hosts, found, strict=True):
             _check(job, host, facts, found[0], asked, port)
+            for program, package in programs.items():
+                if not facts["programs"][program]:
+                    raise UserError(
+                        f"host {host}: there is no {program}; run there: apt-get install {package}"
+                    )
     except UserError:
         token.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it is an earlier run's, and holds something

@@ -10,7 +10,7 @@ from launch.cluster.job import Job
 class Backend(HostBackend):
     """Starts `mpirun` under a supervisor on this machine."""
 
-    script, program, package = "openmpi.sh", "mpirun", "openmpi-bin"
+    script, program, package, on_every_host = "openmpi.sh", "mpirun", "openmpi-bin", True
 
     def files(self, job: Job) -> dict[str, str]:
         """The script, what it runs on each host, and mpirun's hostfile."""

@@ -138,6 +138,10 @@ def _ask(
         done = subprocess.run(
             command, input=text, capture_output=True, text=True, check=False, timeout=ASK_SECONDS
         )
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no {command[0]} on this machine; ask from a login node"
+        ) from None
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{command[0]} has not answered within {ASK_SECONDS} s; is slurmctld up?"

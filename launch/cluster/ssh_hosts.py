@@ -14,7 +14,7 @@ PLAIN_VALUE = re.compile(r"[\w@%+=:,./-]*")
 class Backend(HostBackend):
     """Starts `deepspeed --hostfile` under a supervisor on this machine."""
 
-    script, program, package = "ssh.sh", "pdsh", "pdsh"
+    script, program, package, on_every_host = "ssh.sh", "pdsh", "pdsh", False
 
     def files(self, job: Job) -> dict[str, str]:
         """The script, DeepSpeed's hostfile and its file of variables."""
@@ -38,7 +38,7 @@ def escaped(name: str, value: str) -> str:
     Raises:
         UserError: for a value of several lines, which that file cannot hold.
     """
-    if "\n" in value:
+    if len(f"{value}.".splitlines()) > 1:  # a carriage return too ends a line of that file
         raise UserError(
             f"environment.{name}: a value of several lines cannot be handed over by deepspeed; "
             "put it into a file"

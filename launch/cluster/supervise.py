@@ -1,6 +1,6 @@
 """Stays beside a job on ssh hosts until it is over, and ends it everywhere when a part of it fails.
 
-    python -m launch.cluster.supervise JOB_FOLDER SCRIPT HOST ...
+    python -m launch.cluster.supervise JOB_FOLDER SCRIPT PYTHON HOST ...
 
 `deepspeed` over pdsh does not: when a rank on one host fails it waits for the others to end by
 themselves, and it passes on no signal. The job's output is in job.log, and its end in exit_code.
@@ -31,13 +31,16 @@ class _Stopped(Exception):
     """Somebody wants the job to end."""
 
 
-def end_everywhere(folder: Path, hosts: Sequence[str]) -> list[str]:
-    """End what is left of a job, here and on its hosts; returns a line for each where that failed."""
+def end_everywhere(folder: Path, python: str, hosts: Sequence[str]) -> list[str]:
+    """End what is left of a job, here and on its hosts; returns a line for each where that failed.
+
+    `python` is the interpreter on the hosts; the submission has seen that each has it.
+    """
     program = Path(end_on_host.__file__).read_text()
 
     def end(host: str) -> str | None:
         try:
-            run_on_host(host, ["python3", "-", str(folder)], stdin=program, timeout=40)
+            run_on_host(host, [python, "-", str(folder)], stdin=program, timeout=40)
         except UserError as error:
             return str(error)
         return None
@@ -48,7 +51,7 @@ def end_everywhere(folder: Path, hosts: Sequence[str]) -> list[str]:
         return [line for line in asked if line]
 
 
-def supervise(folder: Path, script: str, hosts: Sequence[str]) -> int:
+def supervise(folder: Path, script: str, python: str, hosts: Sequence[str]) -> int:
     """Run the job's script to its end, or to the first failure of a host; the exit code."""
     with (folder / "job.log").open("a", buffering=1) as log:
         command = subprocess.Popen(
@@ -63,7 +66,7 @@ def supervise(folder: Path, script: str, hosts: Sequence[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         if code:
-            for line in end_everywhere(folder, hosts):
+            for line in end_everywhere(folder, python, hosts):
                 log.write(f"error: {line}; processes may be left there\n")
             _end_command(command)
             for line in _told(folder):
@@ -106,14 +109,14 @@ def _told(folder: Path) -> list[str]:
 
 def main() -> NoReturn:
     """Supervise, and leave the exit code in a file that appears complete."""
-    folder, script, *hosts = sys.argv[1:]
+    folder, script, python, *hosts = sys.argv[1:]
 
     def stop(_number: int, _frame: object) -> None:
         raise _Stopped
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    code = supervise(Path(folder), script, hosts)
+    code = supervise(Path(folder), script, python, hosts)
     write_exit_code(Path(folder), code)
     sys.exit(code)
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,29 @@ def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster) -
     assert "failed" in state(cluster, job)
 
 
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_job_whose_host_dies_ends(cluster: Cluster, kind: str) -> None:
+    second = cluster.hosts[1]
+    job = submit(cluster, kind, recipe(cluster, f"dies_{kind}", steps=MANY), hosts(cluster))
+    wait_for_step(job, 3)
+    cluster.kill_host(second)
+    try:
+        wait_for_nothing_left(cluster)
+        followed = care(cluster, "status", "--follow", str(job.run))
+    finally:
+        cluster.start_host(second)
+    assert followed.code == 2
+    assert f"failed: host {second}: unreachable" in followed.error(), followed.output
+
+
 def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
     job = submit(cluster, "ssh", recipe(cluster, "cancel", steps=MANY), hosts(cluster))
     wait_for_step(job, 3)
+    second = try_submit(
+        cluster, "ssh", recipe(cluster, "cancel"), hosts(cluster), "--set", f"run.dir={job.run}"
+    )
+    assert second.code == 2
+    assert f"job {job.id} has {job.run} and is running" in second.error()
     ended = care(cluster, "cancel", job.id)
     assert ended.code == 0, ended.output
     wait_for_nothing_left(cluster, seconds=5)
@@ -150,6 +171,20 @@ def test_a_job_that_is_asked_to_save_goes_on_when_submitted_again(
     whole = train_on_one_host(values, tmp_path / "whole")
     name = "model.safetensors"
     assert (job.run / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_job_is_cancelled_at_whatever_moment_of_its_start(cluster: Cluster, kind: str) -> None:
+    for seconds in (0.0, 1.5, 4.0):
+        job = submit(cluster, kind, recipe(cluster, f"early_{kind}", steps=MANY), hosts(cluster))
+        time.sleep(seconds)
+        ended = care(cluster, "cancel", job.id)
+        assert ended.code == 0, ended.output
+        wait_for_nothing_left(cluster, seconds=5)
+        assert not with_word(f"{job.run}/job/hostfile")
+        time.sleep(3)  # what was on its way to a host would be there now
+        wait_for_nothing_left(cluster, seconds=0.1)
+        assert "cancelled" in state(cluster, job), state(cluster, job)
 
 
 @pytest.mark.parametrize("kind", LAUNCHERS)
@@ -218,9 +253,21 @@ def test_a_port_in_use_is_told(cluster: Cluster) -> None:
     assert f"host {cluster.hosts[0]}: port 23457 is in use" in ended.error()
 
 
-def test_a_value_that_deepspeed_cannot_hand_over_is_refused() -> None:
+def test_a_host_without_mpirun_is_told(cluster: Cluster) -> None:
+    mpirun = cluster.run(["which", "mpirun"]).output.strip()
+    plain = cluster.folder / "not-executable"
+    plain.touch()
+    second = cluster.hosts[1]
+    with cluster.replace(second, mpirun, plain):
+        ended = try_submit(cluster, "openmpi", recipe(cluster, "mpi"), hosts(cluster))
+    assert ended.code == 2
+    assert f"host {second}: there is no mpirun; run there: apt-get install" in ended.error()
+
+
+@pytest.mark.parametrize("value", ["one\ntwo", "one\rtwo", "one\n"])
+def test_a_value_that_deepspeed_cannot_hand_over_is_refused(value: str) -> None:
     with pytest.raises(UserError, match=r"environment\.NOTE: a value of several lines"):
-        escaped("NOTE", "one\ntwo")
+        escaped("NOTE", value)
 
 
 def test_plain_mpirun_starts_one_world(cluster: Cluster, tmp_path: Path) -> None:
