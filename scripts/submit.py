@@ -138,8 +138,9 @@ def watch(record: Record) -> int:
     state = follow(record, say)
     if state.kind == "completed":
         return 0
-    reasons = " | ".join(errors(record)[:3]) or state.detail or "no rank has said why"
-    raise UserError(f"job {record.id} {state.kind}: {reasons}; logs: {record.folder}/logs")
+    how = f"{state.kind} ({state.detail})" if state.detail else state.kind
+    reasons = " | ".join(errors(record)[:3]) or "no rank has said why"
+    raise UserError(f"job {record.id} {how}: {reasons}; logs: {record.folder}/logs")
 
 
 def status(given: argparse.Namespace) -> int:

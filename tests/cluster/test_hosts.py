@@ -113,7 +113,7 @@ def test_a_job_whose_host_dies_ends(cluster: Cluster, kind: str) -> None:
     finally:
         cluster.start_host(second)
     assert followed.code == 2
-    assert f"failed: host {second}: unreachable" in followed.error(), followed.output
+    assert f": host {second}: unreachable" in followed.error(), followed.output
 
 
 def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
