@@ -3,7 +3,8 @@
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,21 @@ def state(cluster: Cluster, job: Submitted) -> str:
     shown = care(cluster, "status", str(job.run))
     assert shown.code == 0, shown.output
     return shown.output
+
+
+@contextmanager
+def unknown_key(cluster: Cluster, host: str) -> Iterator[None]:
+    """Let ssh forget a host's key for a while."""
+    settings = cluster.run(["ssh", "-G", host]).output
+    named = re.search(r"^userknownhostsfile (\S+)", settings, re.M)
+    assert named
+    file = Path(named.group(1))
+    kept = file.read_text()
+    file.write_text("".join(line for line in kept.splitlines(True) if host not in line))
+    try:
+        yield
+    finally:
+        file.write_text(kept)
 
 
 def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.recipe import ROOT
+from tests.cluster.jobs import unknown_key
 from tests.cluster.virtual import Cluster
 
 
@@ -74,17 +75,8 @@ def hosts_file_on(cluster: Cluster, file: Path) -> Path:
 
 def test_an_unknown_host_key_is_told_with_the_command_that_adds_it(cluster: Cluster) -> None:
     second = cluster.hosts[1]
-    known = cluster.run(["ssh", "-G", second]).output
-    file = re.search(r"^userknownhostsfile (\S+)", known, re.M)
-    assert file
-    kept = Path(file.group(1)).read_text()
-    try:
-        Path(file.group(1)).write_text(
-            "".join(line for line in kept.splitlines(keepends=True) if second not in line)
-        )
+    with unknown_key(cluster, second):
         code, lines = doctor(cluster)
-    finally:
-        Path(file.group(1)).write_text(kept)
     assert code == 1
     assert f"{second}: its host key is unknown" in failing(lines)
     (line,) = [line for line in lines if line["where"] == second]

@@ -27,6 +27,7 @@ from tests.cluster.jobs import (
     train_on_one_host,
     training,
     try_submit,
+    unknown_key,
     wait_for_nothing_left,
     wait_for_step,
     wait_until,
@@ -215,6 +216,8 @@ def test_hosts_that_cannot_run_the_job_are_told(cluster: Cluster) -> None:
     assert f"{second} has 1 slots" in error(hosts={"hostfile": str(hostfile)})
     assert "cannot read the hostfile" in error(hosts={"hostfile": "/nowhere"})
     assert f"host {first}: there is no /nowhere/python" in error(python="/nowhere/python")
+    with unknown_key(cluster, second):
+        assert f"host {second}: its host key is unknown; run: ssh-keyscan {second}" in error()
     (cluster.folder / "runs").mkdir(exist_ok=True)
     with cluster.hide(second, cluster.folder / "runs"):
         assert f"host {second}: does not see {cluster.folder}/runs" in error()
