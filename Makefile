@@ -9,6 +9,8 @@ RECIPE ?= recipes/gpt_tiny_zero2.yaml
 RANKS ?= $(shell n=$$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true; echo $$(( n > 0 ? n : 2 )))
 ARGS ?=
 PYTEST_ARGS ?=
+# A test waits more than it computes: for ranks to start, for daemons, for time limits.
+WORKERS ?= 3
 
 # First on the PATH: the `deepspeed` launcher starts ranks with the python that it finds there, and
 # the compiler's ninja lies there too. A virtual environment that is active must not shine through.
@@ -35,7 +37,7 @@ setup-test:
 
 .PHONY: test
 test: lint ops ## Check format, lint and types, build DeepSpeed's CPU ops once, run the tests (PYTEST_ARGS)
-	@python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: setup ## Run the tests that need GPUs

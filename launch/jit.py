@@ -52,6 +52,7 @@ _OPTIMIZER_OPS: dict[str, tuple[str | None, str]] = {
     "lamb": ("fused_lamb", "fused_lamb"),
 }
 STAMP = "built_for.txt"
+LOADS_WITHIN_SECONDS = 2.0  # an op that lies built
 
 
 def use_private_cache() -> Path:
@@ -120,8 +121,16 @@ def built_ops() -> list[str]:
 def stale_locks() -> list[Path]:
     """Locks of builds that were killed, on which DeepSpeed would wait for ever: our cache's and torch's."""
     places = (use_private_cache(), Path("~/.cache/torch_extensions").expanduser())
-    found = (lock for place in places for lock in place.glob("**/lock"))
-    return sorted({lock for lock in found if not _is_open_somewhere(lock)})
+
+    def found() -> set[Path]:
+        locks = (lock for place in places for lock in place.glob("**/lock"))
+        return {lock for lock in locks if not _is_open_somewhere(lock)}
+
+    stale = found()
+    if stale:  # one that another host holds, unseen from here, while it loads an op is gone by then
+        time.sleep(LOADS_WITHIN_SECONDS)
+        stale &= found()
+    return sorted(stale)
 
 
 def _make_ready(name: str, say: Callable[[str], None]) -> None:

@@ -23,17 +23,24 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+try:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
-from launch.doctor import probe
-from launch.doctor.checks import Line, check_host, check_together
-from launch.doctor.hosts import facts_of_host, question, read_hostfile
-from launch.errors import UserError, one_line_errors
-from launch.recipe import ROOT
+    from launch.doctor import probe
+    from launch.doctor.checks import Line, check_host, check_together
+    from launch.doctor.framework import check_framework
+    from launch.doctor.hosts import facts_of_host, framework_of_host, question, read_hostfile
+    from launch.errors import UserError, one_line_errors
+    from launch.recipe import ROOT
+except ModuleNotFoundError as lacking:
+    sys.exit(
+        f"error: {sys.executable} has no {lacking.name}; run: make setup, then: "
+        ".venv/bin/python scripts/doctor.py"
+    )
 
 NOT_MEASURED = Line("warn", "network", "not measured", "mend the FAILs first")
 COLORS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
@@ -86,49 +93,6 @@ def one_line(folder: Path) -> str:
     )
 
 
-def check_cache() -> list[Line]:
-    """What lies in the cache of compiled ops, and what a killed build has left there."""
-    from launch.jit import built_ops, stale_locks, use_private_cache
-
-    lines = [Line("ok", "JIT cache", f"{use_private_cache()}: {', '.join(built_ops()) or 'empty'}")]
-    for lock in stale_locks():
-        lines.append(
-            Line("FAIL", "JIT cache", f"{lock} is left from a build that was killed; DeepSpeed waits on "
-                 "it for ever", f"run: rm {lock}")
-        )  # fmt: skip
-    return lines
-
-
-def check_torch() -> list[Line]:
-    """Whether torch imports, sees the GPUs, and has its backends."""
-    import torch
-    import torch.distributed as dist
-
-    cuda = torch.cuda.is_available()
-    text = f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs"
-    lines = [Line("ok", "torch", text)]
-    if probe.gpus() and not cuda:
-        lines.append(
-            Line("FAIL", "torch", "there are GPUs, and torch sees none", "CPU build, old driver, or "
-                 "CUDA_VISIBLE_DEVICES is empty; pip install torch from the CUDA index")
-        )  # fmt: skip
-    for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())):
-        if there:
-            version = (
-                ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" and cuda else ""
-            )
-            lines.append(Line("ok", "torch", f"{name} {version}".strip()))
-        elif name == "gloo" or cuda:
-            lines.append(Line("FAIL", "torch", f"built without {name}", "install PyPI's torch"))
-    for number in range(1, torch.cuda.device_count()):
-        if not torch.cuda.can_device_access_peer(0, number):
-            lines.append(
-                Line("warn", "torch", f"GPU 0 does not reach GPU {number} directly", "no NVLink or P2P: "
-                     "tensor parallelism will be slow")
-            )  # fmt: skip
-    return lines
-
-
 def check_here(given: argparse.Namespace) -> list[Line]:
     """This machine alone."""
     from launch.doctor.together import measure_here
@@ -136,10 +100,24 @@ def check_here(given: argparse.Namespace) -> list[Line]:
 
     given.folder.mkdir(parents=True, exist_ok=True)
     facts = probe.facts(json.loads(question(ROOT, port=given.port, folder=given.folder)))
-    lines = [*check_host(facts, several=False, port=given.port), *check_cache(), *check_torch()]
+    lines = check_host(facts, several=False, port=given.port)
+    lines += check_framework(facts["hostname"])
     if any(line.status == "FAIL" for line in lines):
         return [*lines, NOT_MEASURED]
     return [*lines, measure_here(choose_ranks(given.ranks))]
+
+
+class Answer(NamedTuple):
+    """What a host of the hostfile has shown; without facts it could not be asked."""
+
+    lines: list[Line]
+    facts: dict[str, Any] | None = None
+    skew: float = 0.0  # seconds, of its clock against ours
+
+
+def _failed(host: str, error: UserError) -> Line:
+    what, _, remedy = str(error).partition("; ")
+    return Line("FAIL", host, what.removeprefix(f"host {host}: "), remedy)
 
 
 def check_hosts(given: argparse.Namespace) -> list[Line]:
@@ -151,7 +129,7 @@ def check_hosts(given: argparse.Namespace) -> list[Line]:
     token = given.folder / f".seen-by-every-host-{uuid.uuid4().hex}"
     token.touch()
 
-    def ask(host: str) -> tuple[dict[str, Any], float] | Line:
+    def ask(host: str) -> Answer:
         before = time.time()
         try:
             facts = facts_of_host(
@@ -159,24 +137,28 @@ def check_hosts(given: argparse.Namespace) -> list[Line]:
                 given.folder,
             )  # fmt: skip
         except UserError as error:
-            what, _, remedy = str(error).partition("; ")
-            return Line("FAIL", host, what.removeprefix(f"host {host}: "), remedy)
+            return Answer([_failed(host, error)])
         # The host looked at its clock at some time between our two looks.
         after = time.time()
         skew = facts["clock"] - min(max(facts["clock"], before), after)
-        return facts, skew
+        lines = check_host(facts, several=True, port=given.port)
+        # What imports torch needs what the probe has looked for.
+        if not any(line.status == "FAIL" for line in lines):
+            try:
+                lines += framework_of_host(host, sys.executable, ROOT)
+            except UserError as error:
+                lines.append(_failed(host, error))
+        return Answer(lines, facts, skew)
 
     try:
         with ThreadPoolExecutor(max_workers=32) as pool:
             answers = list(pool.map(ask, hosts))
     finally:
         token.unlink(missing_ok=True)
-    lines = [answer for answer in answers if isinstance(answer, Line)]
-    found = [answer for answer in answers if not isinstance(answer, Line)]
-    for facts, _ in found:
-        lines += check_host(facts, several=True, port=given.port)
-    if found:
-        lines += check_together([facts for facts, _ in found], [skew for _, skew in found])
+    lines = [line for answer in answers for line in answer.lines]
+    reached = [(a.facts, a.skew) for a in answers if a.facts is not None]
+    if reached:
+        lines += check_together([facts for facts, _ in reached], [skew for _, skew in reached])
     if any(line.status == "FAIL" for line in lines):
         return [*lines, NOT_MEASURED]
     variables = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.doctor.checks import Line
 from launch.errors import UserError
 
 CONNECT_SECONDS = 8
@@ -138,3 +139,14 @@ def facts_of_host(
     answer = run_on_host(host, [python, "-", asked], stdin=probe, timeout=timeout)
     found: dict[str, Any] = json.loads(answer.strip().splitlines()[-1])
     return found
+
+
+def framework_of_host(host: str, python: str, checkout: Path, timeout: float = 60) -> list[Line]:
+    """What torch and the cache of compiled ops are like on another host, from its own checkout.
+
+    Raises:
+        UserError: as `run_on_host`.
+    """
+    command = ["env", "-C", str(checkout), python, "-m", "launch.doctor.framework", host]
+    answer = run_on_host(host, command, timeout=timeout)
+    return [Line(**line) for line in json.loads(answer.strip().splitlines()[-1])]

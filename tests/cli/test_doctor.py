@@ -62,3 +62,10 @@ def test_one_line_says_why_a_node_cannot_run(tmp_path: Path) -> None:
     missing = doctor("--line", "--folder", tmp_path / "gone")
     assert missing.code == 2
     assert f"cannot write to {tmp_path}/gone" in missing.error()
+
+
+def test_a_python_without_the_packages_is_told_where_they_are(tmp_path: Path) -> None:
+    bare = run([sys.executable, "-S", DOCTOR, "--folder", tmp_path])
+    assert bare.code == 1
+    assert f"error: {sys.executable} has no rich; run: make setup" in bare.output
+    assert "Traceback" not in bare.output

@@ -20,14 +20,11 @@ def cluster() -> Iterator[Cluster]:
             refused = str(error)
         if refused:  # said here, where no traceback comes before it
             pytest.fail(refused, pytrace=False)
-        yield made
+        # The list of what was submitted is a person's own; jobs of the tests go into another.
+        jobs = made.folder / "submitted"
+        for folder in (INDEX.parent, jobs):
+            folder.mkdir(parents=True, exist_ok=True)
+        with made.replace(made.hub, INDEX.parent, jobs):
+            yield made
     finally:
         made.down()
-        _forget_jobs_in(str(made.folder))
-
-
-def _forget_jobs_in(folder: str) -> None:
-    """Take what the tests have submitted out of the list of a person's own jobs."""
-    if INDEX.exists():
-        kept = [line for line in INDEX.read_text().splitlines(keepends=True) if folder not in line]
-        INDEX.write_text("".join(kept))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launch.jit import use_private_cache
 from launch.recipe import ROOT
 from tests.cluster.jobs import unknown_key
 from tests.cluster.virtual import Cluster
@@ -38,6 +39,8 @@ def test_two_healthy_hosts_and_the_link_between_them(cluster: Cluster) -> None:
     for host in cluster.hosts:
         assert any(line.startswith(f"{host}: clock ") for line in told)
         assert any(line.startswith(f"{host}: its name resolves to 10.77.0.") for line in told)
+        assert any(line.startswith(f"{host}: torch 2.") for line in told)
+        assert any(line.startswith(f"{host}: JIT cache ") for line in told)
     fast = bandwidth(lines)
     with cluster.limit("200mbit"):
         _, lines = doctor(cluster)
@@ -81,3 +84,19 @@ def test_an_unknown_host_key_is_told_with_the_command_that_adds_it(cluster: Clus
     assert f"{second}: its host key is unknown" in failing(lines)
     (line,) = [line for line in lines if line["where"] == second]
     assert f"ssh-keyscan {second}" in line["remedy"]
+
+
+def test_a_lock_that_a_killed_build_left_on_one_host_is_told(cluster: Cluster) -> None:
+    second = cluster.hosts[1]
+    cache, planted = use_private_cache(), cluster.folder / "cache-with-lock"
+    lock = "cpu_adam/lock"
+    (planted / lock).parent.mkdir(parents=True)
+    (planted / lock).touch()
+    cache.mkdir(parents=True, exist_ok=True)
+    with cluster.replace(second, cache, planted):
+        code, lines = doctor(cluster)
+    assert code == 1
+    (line,) = [line for line in lines if line["status"] == "FAIL"]
+    assert line["where"] == second
+    assert f"{cache}/{lock} is left from a build that was killed" in line["what"]
+    assert line["remedy"].startswith(f"run: rm {cache}/{lock}")

@@ -6,12 +6,14 @@ from tests.cluster.slow_links import LAYOUTS, Measured, expected, sent_a_step, t
 from tests.cluster.virtual import Cluster
 
 RATE = "200mbit"
+# What two runs send unequally at their starts and ends is seen beside the little that a pipeline sends.
+STEPS = {"pipeline 2": 24}
 HEADERS = 0.02  # of packets; what is sent again; names and addresses asked for
 
 
 @pytest.fixture(scope="module")
 def slow(cluster: Cluster) -> dict[str, Measured]:
-    return {layout: train(cluster, layout, RATE, steps=4) for layout in LAYOUTS}
+    return {layout: train(cluster, layout, RATE, steps=STEPS.get(layout, 4)) for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
