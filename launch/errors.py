@@ -31,6 +31,7 @@ LOST_PEER = (
     "wait timeout", "ncclRemoteError", "NCCL communicator was aborted", "failed to recv",
     "Failed to recv",
 )  # fmt: skip
+LOST_CONNECTION = "the connection to another rank is lost"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 DISK = {
     errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the file size limit",
@@ -95,7 +96,7 @@ def _in_words(error: Exception) -> str | None:
         )
     if _is_lost_peer(error):
         return (
-            "the connection to another rank is lost: that rank was killed (often for its memory) or "
+            f"{LOST_CONNECTION}: that rank was killed (often for its memory) or "
             "failed; what was saved is whole, go on with --resume auto "
             f"({text.splitlines()[0][:120]})"
         )

@@ -130,12 +130,19 @@ def refuse_a_second_job(job: Job) -> None:
 
 
 def watch(record: Record) -> int:
-    """Follow a job to its end; 0 where its run has finished.
+    """Follow a job to its end; 0 where its run has finished. Ctrl-C ends the watching alone.
 
     Raises:
         UserError: where it has not, with the ranks' own words and the place of the logs.
     """
-    state = follow(record, say)
+    try:
+        state = follow(record, say)
+    except KeyboardInterrupt:
+        say(
+            f"job {record.id} goes on; see it: scripts/submit.py status --follow {record.id}, end it: "
+            f"scripts/submit.py cancel {record.id}"
+        )
+        return 130
     if state.kind == "completed":
         return 0
     how = f"{state.kind} ({state.detail})" if state.detail else state.kind

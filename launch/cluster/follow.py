@@ -1,18 +1,24 @@
 """Watching a job from outside: its state from the cluster, its progress from metrics.jsonl."""
 
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from launch.cluster.backend import backend_of
 from launch.cluster.record import Record, State
+from launch.errors import LOST_CONNECTION
 from launch.run_folder import read_metrics
+from launch.watch import REASONS
 
 LOOK_EVERY_SECONDS = 1.0
 # Asking the cluster costs its scheduler something; the metrics file is only a file.
 ASK_EVERY_SECONDS = 5.0
-ERROR = re.compile(r"(?:\d+: )?error: (.*)")  # srun puts the task's number in front
+# What follows from a failure elsewhere, and is not worth a person's time where the failure itself is told.
+EFFECTS = (LOST_CONNECTION, REASONS[signal.SIGTERM], "the ranks ended with exit code")
+# srun puts the task's number in front.
+ERROR = re.compile(r"(?:\d+: )?error: (?:\[rank \d+\] )?(.*)")
 
 
 def progress(record: Record) -> str:
@@ -45,10 +51,7 @@ def follow(record: Record, say: Callable[[str], None]) -> State:
 
 
 def errors(record: Record) -> list[str]:
-    """The `error:` lines in the logs of the job and of its ranks, without repetition.
-
-    The job's come first: a host that is gone is the cause, and what the other ranks say the effect.
-    """
+    """The `error:` lines in the logs of the job and of its ranks, without repetition: causes, if told."""
     folder = Path(record.folder)
     found: dict[str, None] = {}
     for log in (*sorted(folder.glob("*.log")), *sorted(folder.glob("logs/*.log"))):
@@ -56,4 +59,5 @@ def errors(record: Record) -> list[str]:
             told = ERROR.match(line)
             if told:
                 found[told.group(1)] = None
-    return list(found)
+    causes = [words for words in found if not words.startswith(EFFECTS)]
+    return causes or list(found)

@@ -14,6 +14,7 @@ import pytest
 from launch.cluster.ssh_hosts import escaped
 from launch.errors import UserError
 from launch.recipe import ROOT
+from tests.cli.commands import wait_for
 from tests.cluster.jobs import (
     AWKWARD,
     LAYOUTS,
@@ -91,21 +92,24 @@ def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster, kind: str)
     assert "the connection to another rank is lost" in followed.error()
 
 
-def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster) -> None:
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster, kind: str) -> None:
     """What a lost GPU collective does: the ranks of the other host notice nothing."""
-    job = submit(cluster, "ssh", recipe(cluster, "hang", steps=MANY), hosts(cluster))
+    file = recipe(cluster, f"hang_{kind}", steps=MANY)
+    job = submit(cluster, kind, file, hosts(cluster), gpus=1)
     wait_for_step(job, 3)
-    for process in training(cluster, cluster.hosts[0]).values():
-        process.send_signal(signal.SIGSTOP)
-    training(cluster, cluster.hosts[1])[2].kill()
+    training(cluster, cluster.hosts[0])[0].suspend()
+    training(cluster, cluster.hosts[1])[1].kill()
     wait_for_nothing_left(cluster)
-    assert "failed" in state(cluster, job)
+    followed = care(cluster, "status", "--follow", str(job.run))
+    assert followed.code == 2
+    assert f"job {job.id} failed (exit code " in followed.error()
 
 
 @pytest.mark.parametrize("kind", LAUNCHERS)
 def test_a_job_whose_host_dies_ends(cluster: Cluster, kind: str) -> None:
     second = cluster.hosts[1]
-    job = submit(cluster, kind, recipe(cluster, f"dies_{kind}", steps=MANY), hosts(cluster))
+    job = submit(cluster, kind, recipe(cluster, f"dies_{kind}", steps=MANY), hosts(cluster), gpus=1)
     wait_for_step(job, 3)
     cluster.kill_host(second)
     try:
@@ -118,13 +122,18 @@ def test_a_job_whose_host_dies_ends(cluster: Cluster, kind: str) -> None:
 
 
 def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
-    job = submit(cluster, "ssh", recipe(cluster, "cancel", steps=MANY), hosts(cluster))
+    job = submit(cluster, "ssh", recipe(cluster, "cancel", steps=MANY), hosts(cluster), gpus=1)
     wait_for_step(job, 3)
-    second = try_submit(
-        cluster, "ssh", recipe(cluster, "cancel"), hosts(cluster), "--set", f"run.dir={job.run}"
-    )
+    again = ["--set", f"run.dir={job.run}"]
+    second = try_submit(cluster, "ssh", recipe(cluster, "cancel"), hosts(cluster), *again, gpus=1)
     assert second.code == 2
     assert f"job {job.id} has {job.run} and is running" in second.error()
+    submit_py = ROOT / "scripts/submit.py"
+    watcher = cluster.start([sys.executable, submit_py, "status", "--follow", job.id])
+    wait_for(watcher, "running")
+    os.killpg(watcher.pid, signal.SIGINT)
+    assert f"job {job.id} goes on" in watcher.communicate(timeout=30)[0]
+    assert "running" in state(cluster, job)
     ended = care(cluster, "cancel", job.id)
     assert ended.code == 0, ended.output
     wait_for_nothing_left(cluster, seconds=5)
@@ -132,7 +141,8 @@ def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
 
 
 def test_a_job_is_cancelled_also_when_its_supervisor_was_killed(cluster: Cluster) -> None:
-    job = submit(cluster, "openmpi", recipe(cluster, "orphan", steps=MANY), hosts(cluster))
+    file = recipe(cluster, "orphan", steps=MANY)
+    job = submit(cluster, "openmpi", file, hosts(cluster), gpus=1)
     wait_for_step(job, 3)
     supervisors = with_word("launch.cluster.supervise", f"{job.run}/job")
     assert len(supervisors) == 1
@@ -177,7 +187,8 @@ def test_a_job_that_is_asked_to_save_goes_on_when_submitted_again(
 @pytest.mark.parametrize("kind", LAUNCHERS)
 def test_a_job_is_cancelled_at_whatever_moment_of_its_start(cluster: Cluster, kind: str) -> None:
     for seconds in (0.0, 1.5, 4.0):
-        job = submit(cluster, kind, recipe(cluster, f"early_{kind}", steps=MANY), hosts(cluster))
+        file = recipe(cluster, f"early_{kind}", steps=MANY)
+        job = submit(cluster, kind, file, hosts(cluster), gpus=1)
         time.sleep(seconds)
         ended = care(cluster, "cancel", job.id)
         assert ended.code == 0, ended.output

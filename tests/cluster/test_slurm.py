@@ -106,7 +106,9 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
 
 
 def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
-    job = submit(cluster, "slurm", recipe(cluster, "cancel", steps=MANY), site(cluster, "plain"))
+    job = submit(
+        cluster, "slurm", recipe(cluster, "cancel", steps=MANY), site(cluster, "plain"), gpus=1
+    )
     wait_for_step(job, 3)
     ended = care(cluster, "cancel", job.id)
     assert ended.code == 0, ended.output
@@ -126,16 +128,19 @@ def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster) -> None:
 
 
 def test_a_node_whose_ranks_hang_is_ended_when_a_rank_of_another_fails(cluster: Cluster) -> None:
-    job = submit(cluster, "slurm", recipe(cluster, "hang", steps=MANY), site(cluster, "plain"))
+    job = submit(
+        cluster, "slurm", recipe(cluster, "hang", steps=MANY), site(cluster, "plain"), gpus=1
+    )
     wait_for_step(job, 3)
-    for process in training(cluster, cluster.hosts[0]).values():
-        process.suspend()
-    training(cluster, cluster.hosts[1])[3].kill()
+    training(cluster, cluster.hosts[0])[0].suspend()
+    training(cluster, cluster.hosts[1])[1].kill()
     wait_for_nothing_left(cluster)
 
 
 def test_a_job_whose_node_dies_goes_on_when_it_is_back(cluster: Cluster) -> None:
-    job = submit(cluster, "slurm", recipe(cluster, "node", steps=MANY), site(cluster, "plain"))
+    job = submit(
+        cluster, "slurm", recipe(cluster, "node", steps=MANY), site(cluster, "plain"), gpus=1
+    )
     wait_for_step(job, 5)
     cluster.kill_host(cluster.hosts[1])
     try:
@@ -180,7 +185,8 @@ def test_a_port_in_use_is_told(cluster: Cluster) -> None:
     listen = "import socket, time; s = socket.create_server(('', 23456)); time.sleep(600)"
     other = cluster.start(["python3", "-c", listen], cluster.hosts[0])
     file = recipe(cluster, "port")
-    ended = try_submit(cluster, "slurm", file, site(cluster, "port", port=23456), "--follow")
+    place = site(cluster, "port", port=23456)
+    ended = try_submit(cluster, "slurm", file, place, "--follow", gpus=1)
     os.killpg(other.pid, signal.SIGKILL)
     other.wait(timeout=10)
     assert ended.code == 2

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import end_on_host
+from launch.cluster.follow import errors
+from launch.cluster.record import Record
 from launch.cluster.slurm import world_info
 from launch.cluster.ssh_hosts import escaped
 from launch.errors import UserError
@@ -71,3 +73,22 @@ def test_only_the_job_s_own_processes_are_ended(tmp_path: Path) -> None:
         for process in (mine, mpirun, neighbour, reader):
             process.kill()
             process.wait()
+
+
+def test_the_cause_of_a_failure_is_told_and_what_followed_from_it_only_where_no_cause_is(
+    tmp_path: Path,
+) -> None:
+    record = Record("1", "slurm", "x", 1, str(tmp_path), str(tmp_path / "job"))
+    logs = tmp_path / "job/logs"
+    logs.mkdir(parents=True)
+    (tmp_path / "job/slurm-1.log").write_text(
+        "0: error: [rank 2] ended by SIGTERM: another rank died, or somebody stopped the job; x\n"
+        "error: the ranks ended with exit code 2; their logs: here\n"
+    )
+    assert len(errors(record)) == 2
+    for rank in (0, 3):
+        place = f"[rank {rank}] " if rank else ""
+        (logs / f"t_rank{rank}.log").write_text(f"step 1\nerror: {place}step 2: loss is nan\n")
+    lost = "error: [rank 1] the connection to another rank is lost: that rank was killed\n"
+    (logs / "t_rank1.log").write_text(lost)
+    assert errors(record) == ["step 2: loss is nan"]
