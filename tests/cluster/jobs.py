@@ -177,6 +177,13 @@ def training(cluster: Cluster, host: str) -> dict[int, psutil.Process]:
     return found
 
 
+def hang(cluster: Cluster, host: str) -> None:
+    """Suspend the ranks of a host and their launcher (not srun): SIGTERM ends none of them."""
+    for process in cluster.ranks(host):
+        if process.name().startswith("python"):
+            process.suspend()
+
+
 def wait_for_nothing_left(cluster: Cluster, seconds: float = ENDS_WITHIN_SECONDS) -> None:
     """No rank and no launcher on any host."""
 

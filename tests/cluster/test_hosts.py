@@ -19,6 +19,7 @@ from tests.cluster.jobs import (
     AWKWARD,
     LAYOUTS,
     care,
+    hang,
     losses,
     recipe_values,
     site,
@@ -94,11 +95,11 @@ def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster, kind: str)
 
 @pytest.mark.parametrize("kind", LAUNCHERS)
 def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster, kind: str) -> None:
-    """What a lost GPU collective does: the ranks of the other host notice nothing."""
+    """What a lost GPU collective does, and worse: on the other host nothing takes notice of anything."""
     file = recipe(cluster, f"hang_{kind}", steps=MANY)
     job = submit(cluster, kind, file, hosts(cluster), gpus=1)
     wait_for_step(job, 3)
-    training(cluster, cluster.hosts[0])[0].suspend()
+    hang(cluster, cluster.hosts[0])
     training(cluster, cluster.hosts[1])[1].kill()
     wait_for_nothing_left(cluster)
     followed = care(cluster, "status", "--follow", str(job.run))

@@ -13,6 +13,7 @@ from tests.cluster.jobs import (
     AWKWARD,
     LAYOUTS,
     care,
+    hang,
     losses,
     recipe_values,
     site,
@@ -132,7 +133,7 @@ def test_a_node_whose_ranks_hang_is_ended_when_a_rank_of_another_fails(cluster: 
         cluster, "slurm", recipe(cluster, "hang", steps=MANY), site(cluster, "plain"), gpus=1
     )
     wait_for_step(job, 3)
-    training(cluster, cluster.hosts[0])[0].suspend()
+    hang(cluster, cluster.hosts[0])
     training(cluster, cluster.hosts[1])[1].kill()
     wait_for_nothing_left(cluster)
 
