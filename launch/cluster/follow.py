@@ -51,10 +51,16 @@ def follow(record: Record, say: Callable[[str], None]) -> State:
 
 
 def errors(record: Record) -> list[str]:
-    """The `error:` lines in the logs of the job and of its ranks, without repetition: causes, if told."""
+    """The `error:` lines in the logs of the job and of its ranks, without repetition: causes, if told.
+
+    Those of earlier jobs in the same run folder are left out; the recipe is written at submission.
+    """
     folder = Path(record.folder)
+    submitted = (folder / f"{record.recipe}.yaml").stat().st_mtime
     found: dict[str, None] = {}
     for log in (*sorted(folder.glob("*.log")), *sorted(folder.glob("logs/*.log"))):
+        if log.stat().st_mtime < submitted:
+            continue
         for line in log.read_text(errors="replace").splitlines():
             told = ERROR.match(line)
             if told:

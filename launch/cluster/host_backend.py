@@ -71,7 +71,10 @@ class HostBackend:
         (job.folder / "exit_code").unlink(missing_ok=True)
         (job.run / "STOP").unlink(missing_ok=True)
         hosts = list(hosts_of(job))
-        with (job.folder / "job.log").open("a") as log:
+        log_file = job.folder / "job.log"
+        if log_file.exists():  # an earlier job's, whose errors are not this one's
+            log_file.replace(log_file.with_name(time.strftime("job_until_%Y%m%d-%H%M%S.log")))
+        with log_file.open("a") as log:
             supervisor = subprocess.Popen(
                 [sys.executable, "-m", "launch.cluster.supervise", str(job.folder), self.script,
                  job.python, *hosts],

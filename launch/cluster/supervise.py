@@ -69,7 +69,7 @@ def supervise(folder: Path, script: str, python: str, hosts: Sequence[str]) -> i
             for line in end_everywhere(folder, python, hosts):
                 log.write(f"error: {line}; processes may be left there\n")
             _end_command(command)
-            for line in _told(folder):
+            for line in _told(folder, since=(folder / script).stat().st_mtime):
                 log.write(f"{line}\n")
     return code
 
@@ -98,9 +98,11 @@ def _end_command(command: "subprocess.Popen[str]") -> None:
     command.wait()
 
 
-def _told(folder: Path) -> list[str]:
+def _told(folder: Path, since: float) -> list[str]:
     found: dict[str, None] = {}
     for log in sorted((folder / "logs").glob("*.log")):
+        if log.stat().st_mtime < since:  # of an earlier job in this run folder
+            continue
         for line in log.read_text(errors="replace").splitlines():
             if line.startswith("error: "):
                 found[line] = None

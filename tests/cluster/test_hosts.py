@@ -92,6 +92,14 @@ def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster, kind: str)
     assert followed.code == 2
     assert "the connection to another rank is lost" in followed.error()
 
+    # The next job in this run folder fails of something else, and that alone is told.
+    again = ["--set", f"run.dir={job.run}", "train.seed=5", "--follow"]
+    file = recipe(cluster, f"rank_{kind}", steps=MANY)
+    other = try_submit(cluster, kind, file, hosts(cluster), *again)
+    assert other.code == 2
+    assert "was saved by another recipe: train.seed was" in other.error()
+    assert "the connection to another rank" not in (job.run / "job/job.log").read_text()
+
 
 @pytest.mark.parametrize("kind", LAUNCHERS)
 def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster, kind: str) -> None:

@@ -81,6 +81,10 @@ def test_the_cause_of_a_failure_is_told_and_what_followed_from_it_only_where_no_
     record = Record("1", "slurm", "x", 1, str(tmp_path), str(tmp_path / "job"))
     logs = tmp_path / "job/logs"
     logs.mkdir(parents=True)
+    earlier = logs / "earlier_rank0.log"
+    earlier.write_text("error: what an earlier job of the run has told\n")
+    os.utime(earlier, (0, 0))
+    (tmp_path / "job/x.yaml").touch()
     (tmp_path / "job/slurm-1.log").write_text(
         "0: error: [rank 2] ended by SIGTERM: another rank died, or somebody stopped the job; x\n"
         "error: the ranks ended with exit code 2; their logs: here\n"
