@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 
@@ -82,6 +83,8 @@ def submit(given: argparse.Namespace) -> int:
     Raises:
         UserError: for whatever a person can mend, before the cluster has the job.
     """
+    # DeepSpeed, which knows its own keys, warns of a machine without GPUs; this one will not train.
+    logging.disable(logging.WARNING)
     site = load_site(given.site.absolute() if given.site else None)
     if Path(given.recipe).is_file():
         given.recipe = str(Path(given.recipe).absolute())

@@ -94,8 +94,9 @@ def check_hosts(job: Job, port: int, programs: Mapping[str, str]) -> None:
                     )
     except UserError:
         token.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it is an earlier run's, and holds something
+        with contextlib.suppress(OSError):  # one that an earlier run has made holds something
             job.run.rmdir()
+            job.run.parent.rmdir()
         raise
     token.unlink(missing_ok=True)
 

@@ -21,6 +21,13 @@ from launch.errors import UserError, one_line_errors
 ASK_SECONDS = 60
 GONE_WITHIN_SECONDS = 120.0
 PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+# What Slurm's commands say where they find no cluster, and what to do.
+NO_CLUSTER = {
+    "Could not establish a configuration source": "this machine belongs to no Slurm cluster; submit from a "
+    "login node, or name its slurm.conf in SLURM_CONF",
+    "Unable to contact slurm controller": "the Slurm controller does not answer; is slurmctld up, and this "
+    "machine in its network?",
+}
 RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
 
 
@@ -150,6 +157,9 @@ def _ask(
         return done.stdout
     if unknown_is_empty and "Invalid job id" in done.stderr:
         return ""
+    for words, meaning in NO_CLUSTER.items():
+        if words in done.stderr:
+            raise UserError(f"{command[0]}: {meaning}")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     reason = "; ".join(re.sub(r"^\w+: (error: )?", "", line) for line in lines) or "no reason given"
     raise UserError(f"{refused or command[0]}: {reason}")

@@ -1,5 +1,6 @@
 """scripts/submit.py before a cluster has the job: what it renders, refuses and remembers."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -101,6 +102,29 @@ def test_a_bad_site_is_told_in_a_line(text: str, expected: str, tmp_path: Path) 
     done = dry_run("slurm", site)
     assert done.code == 2
     assert expected in done.error()
+
+
+def to_slurm(site: Path, env: dict[str, str]) -> str:
+    words = ["--recipe", RECIPE, "--cluster", "slurm", "--nodes", "2", "--gpus-per-node", "1"]
+    done = run([sys.executable, ROOT / "scripts/submit.py", *words, "--site", site], env)
+    assert done.code == 2
+    return done.error()
+
+
+def test_a_slurm_that_does_not_answer_is_told(site: Path, tmp_path: Path) -> None:
+    file = tmp_path / "slurm.conf"
+    host = "SlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=9\nNodeName=n\n"
+    file.write_text(f"ClusterName=x\n{host}")
+    assert "the Slurm controller does not answer" in to_slurm(site, {"SLURM_CONF": str(file)})
+
+
+def test_a_machine_of_no_slurm_cluster_is_told(site: Path, tmp_path: Path) -> None:
+    # What sinfo 22.05 says without a slurm.conf; this machine may have one.
+    said = "sinfo: fatal: Could not establish a configuration source"
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    told = to_slurm(site, {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert "this machine belongs to no Slurm cluster; submit from a login node" in told
 
 
 def test_what_a_person_should_know_is_noted(site: Path) -> None:
