@@ -21,6 +21,8 @@ from tests.resume.runs import write_text
 
 RANKS, NODES = 4, 2
 ENDS_WITHIN_SECONDS = 60.0  # a job, once one of its ranks has failed
+MANY = 100_000  # steps that no test waits for
+LAUNCHERS = ("ssh", "openmpi")  # of hosts without a batch system
 AWKWARD = """a 'single' "double" $HOME `id` \\ 100%h %n ${x} #!;&|"""
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -77,6 +79,16 @@ def site(cluster: Cluster, name: str, **changes: Any) -> Path:
     """A site file whose runs folder every host sees."""
     values = {"runs": str(cluster.folder / "runs"), "interface": "eth0", **changes}
     return write_yaml(cluster.folder / f"site-{name}.yaml", values)
+
+
+def recipe(cluster: Cluster, name: str, **changes: Any) -> Path:
+    """A recipe's file; `changes` as `recipe_values`."""
+    return write_yaml(cluster.folder / f"{name}.yaml", recipe_values(cluster, **changes))
+
+
+def hosts(cluster: Cluster, name: str = "hosts", **changes: Any) -> Path:
+    """A site file that names the two hosts, for ssh and OpenMPI."""
+    return site(cluster, name, **{"hosts": {"hosts": list(cluster.hosts)}, **changes})
 
 
 def submit(

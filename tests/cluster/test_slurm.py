@@ -12,9 +12,11 @@ import yaml
 from tests.cluster.jobs import (
     AWKWARD,
     LAYOUTS,
+    MANY,
     care,
     hang,
     losses,
+    recipe,
     recipe_values,
     site,
     state,
@@ -28,12 +30,6 @@ from tests.cluster.jobs import (
     write_yaml,
 )
 from tests.cluster.virtual import Cluster
-
-MANY = 100_000  # steps that no test waits for
-
-
-def recipe(cluster: Cluster, name: str, **changes: Any) -> Path:
-    return write_yaml(cluster.folder / f"slurm_{name}.yaml", recipe_values(cluster, **changes))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
