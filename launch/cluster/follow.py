@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launch.cluster.backend import backend_of
 from launch.cluster.record import Record, State
+from launch.cluster.told import told_errors
 from launch.errors import LOST_CONNECTION
 from launch.run_folder import read_metrics
 from launch.watch import REASONS
@@ -17,8 +18,7 @@ LOOK_EVERY_SECONDS = 1.0
 ASK_EVERY_SECONDS = 5.0
 # What follows from a failure elsewhere, and is not worth a person's time where the failure itself is told.
 EFFECTS = (LOST_CONNECTION, REASONS[signal.SIGTERM], "the ranks ended with exit code")
-# srun puts the task's number in front.
-ERROR = re.compile(r"(?:\d+: )?error: (?:\[rank \d+\] )?(.*)")
+OF_A_RANK = re.compile(r"^\[rank \d+\] ")
 
 
 def progress(record: Record) -> str:
@@ -51,19 +51,10 @@ def follow(record: Record, say: Callable[[str], None]) -> State:
 
 
 def errors(record: Record) -> list[str]:
-    """The `error:` lines in the logs of the job and of its ranks, without repetition: causes, if told.
-
-    Those of earlier jobs in the same run folder are left out; the recipe is written at submission.
-    """
+    """The `error:` lines in the logs of the job and of its ranks, without repetition: causes, if told."""
     folder = Path(record.folder)
-    submitted = (folder / f"{record.recipe}.yaml").stat().st_mtime
-    found: dict[str, None] = {}
-    for log in (*sorted(folder.glob("*.log")), *sorted(folder.glob("logs/*.log"))):
-        if log.stat().st_mtime < submitted:
-            continue
-        for line in log.read_text(errors="replace").splitlines():
-            told = ERROR.match(line)
-            if told:
-                found[told.group(1)] = None
+    logs = (*sorted(folder.glob("*.log")), *sorted(folder.glob("logs/*.log")))
+    told = told_errors(logs, submitted=folder / f"{record.recipe}.yaml")
+    found = list(dict.fromkeys(OF_A_RANK.sub("", words) for words in told))
     causes = [words for words in found if not words.startswith(EFFECTS)]
-    return causes or list(found)
+    return causes or found

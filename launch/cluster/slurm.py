@@ -21,6 +21,7 @@ from launch.errors import UserError, one_line_errors
 ASK_SECONDS = 60
 GONE_WITHIN_SECONDS = 120.0
 PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
 # What Slurm's commands say where they find no cluster, and what to do.
 NO_CLUSTER = {
     "Could not establish a configuration source": "this machine belongs to no Slurm cluster; submit from a "
@@ -28,7 +29,6 @@ NO_CLUSTER = {
     "Unable to contact slurm controller": "the Slurm controller does not answer; is slurmctld up, and this "
     "machine in its network?",
 }
-RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
 
 
 class Backend:

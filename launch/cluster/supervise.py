@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from launch.cluster import end_on_host
+from launch.cluster.told import told_errors
 from launch.doctor.hosts import run_on_host
 from launch.errors import UserError
 
@@ -69,8 +70,9 @@ def supervise(folder: Path, script: str, python: str, hosts: Sequence[str]) -> i
             for line in end_everywhere(folder, python, hosts):
                 log.write(f"error: {line}; processes may be left there\n")
             _end_command(command)
-            for line in _told(folder, since=(folder / script).stat().st_mtime):
-                log.write(f"{line}\n")
+            logs = sorted((folder / "logs").glob("*.log"))
+            for words in told_errors(logs, submitted=folder / script):
+                log.write(f"error: {words}\n")
     return code
 
 
@@ -96,17 +98,6 @@ def _end_command(command: "subprocess.Popen[str]") -> None:
         except subprocess.TimeoutExpired:
             continue
     command.wait()
-
-
-def _told(folder: Path, since: float) -> list[str]:
-    found: dict[str, None] = {}
-    for log in sorted((folder / "logs").glob("*.log")):
-        if log.stat().st_mtime < since:  # of an earlier job in this run folder
-            continue
-        for line in log.read_text(errors="replace").splitlines():
-            if line.startswith("error: "):
-                found[line] = None
-    return list(found)
 
 
 def main() -> NoReturn:

@@ -20,9 +20,11 @@ skypilot: {accelerators: H100, bucket: s3://runs, image: "docker:registry.exampl
 """
 
 
-def submit(*words: str | Path, site: Path | None = None) -> Ended:
+def submit(
+    *words: str | Path, site: Path | None = None, env: dict[str, str] | None = None
+) -> Ended:
     of_site = ("--site", site) if site else ()
-    return run([sys.executable, ROOT / "scripts/submit.py", *words, *of_site])
+    return run([sys.executable, ROOT / "scripts/submit.py", *words, *of_site], env)
 
 
 def dry_run(cluster: str, site: Path, *words: str, nodes: int = 2, gpus: int = 1) -> Ended:
@@ -106,7 +108,7 @@ def test_a_bad_site_is_told_in_a_line(text: str, expected: str, tmp_path: Path) 
 
 def to_slurm(site: Path, env: dict[str, str]) -> str:
     words = ["--recipe", RECIPE, "--cluster", "slurm", "--nodes", "2", "--gpus-per-node", "1"]
-    done = run([sys.executable, ROOT / "scripts/submit.py", *words, "--site", site], env)
+    done = submit(*words, site=site, env=env)
     assert done.code == 2
     return done.error()
 
