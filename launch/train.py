@@ -20,23 +20,25 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from launch.arguments import add_recipe_arguments
-from launch.console import Stopwatch, say
-from launch.distributed import (
+from launch.config.cli_args import add_recipe_arguments
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe
+from launch.config.schema import GPTModel, Recipe
+from launch.errors import UserError
+from launch.runtime.console import Stopwatch, say
+from launch.runtime.failures import one_line_errors
+from launch.runtime.process_group import (
     connect,
     from_first_rank,
     leave,
     prepare_environment,
     take_ranks_from_mpi,
 )
-from launch.errors import UserError, one_line_errors
-from launch.layout import plan_layout
-from launch.recipe import GPTModel, Recipe, load_recipe
-from launch.watch import tell_of_signals
+from launch.runtime.signals import tell_of_signals
 
 if TYPE_CHECKING:
-    from launch.data import Corpus
-    from launch.step import Step
+    from launch.data.prepare import Corpus
+    from launch.training.train_step import Step
 
 
 def train(recipe: Recipe, resume: str | None) -> None:
@@ -50,9 +52,10 @@ def train(recipe: Recipe, resume: str | None) -> None:
     prepare_environment()
     layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
 
-    from launch.data import Batches, held_out_share, prepare, tokens_needed
-    from launch.describe import model_size
-    from launch.jit import build_ops, ops_needed, use_private_cache
+    from launch.data.batches import Batches, held_out_share
+    from launch.data.prepare import prepare, tokens_needed
+    from launch.planner.model_size import model_size
+    from launch.runtime.op_builder import build_ops, ops_needed, use_private_cache
 
     use_private_cache()
     corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe), say=say)
@@ -62,16 +65,18 @@ def train(recipe: Recipe, resume: str | None) -> None:
     )
     clock.lap("data")
 
-    from launch import checkpoint
-    from launch.ds_config import resolve
-    from launch.engine import build_engine, make_topology
-    from launch.finish import finish
-    from launch.generators import seed_generators
-    from launch.metrics import Metrics, check_trackers
-    from launch.run_folder import choose_start, claim, write_settings
-    from launch.step import evaluate, train_step
-    from launch.stop import stop_asked, stop_obeyed
-    from launch.swap import make_empty, remove, with_own_swap_folder
+    from launch.checkpoint import checkpoint
+    from launch.checkpoint.resume import choose_start
+    from launch.config.resolve import resolve
+    from launch.deepspeed_patches.nvme_folder import make_empty, remove, with_own_swap_folder
+    from launch.runtime.rng import seed_generators
+    from launch.runtime.run_dir import claim, write_settings
+    from launch.training.engine import build_engine, make_topology
+    from launch.training.evaluate import evaluate
+    from launch.training.finalize import finish
+    from launch.training.metrics import Metrics, check_trackers
+    from launch.training.preemption import stop_asked, stop_obeyed
+    from launch.training.train_step import train_step
 
     check_trackers(recipe)
     ds_config = resolve(recipe, layout)
@@ -222,7 +227,7 @@ def main() -> None:
         if arguments.list or arguments.dry_run:
             if os.environ.get("RANK", "0") != "0":
                 return
-            from launch.describe import print_dry_run, print_list
+            from launch.planner.dry_run import print_dry_run, print_list
 
             if arguments.list:
                 print_list()

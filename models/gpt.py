@@ -4,8 +4,8 @@ Read from top to bottom: position, norms, attention, MLP, block, model. Shapes a
 written as `[batch, sequence, hidden]`; `heads * head_dim` is called the query width.
 
 With the default `tp` (one rank) every layer is torch's own, and this is the reference for all layouts.
-With more, the two linear pairs of a block are column- and row-parallel (`models/tp_layers.py`), and
-what a rank holds is a shard. In the shapes below, `/ ranks` marks what is cut.
+With more, the two linear pairs of a block are column- and row-parallel, and what a rank holds is a
+shard (`models/parallel/`). In the shapes below, `/ ranks` marks what is cut.
 
 Parameter names are the canonical names of checkpoints, weights files and parity tables, in every
 layout. Matrices follow torch: `[out, in]`.
@@ -17,17 +17,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import GPTConfig
-from models.topology import ONE_RANK, TensorParallel
-from models.tp_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from models.tp_ops import (
+from models.parallel.collectives import (
     Group,
     all_gather,
     copy_to_group,
     gather_from_group,
     scatter_to_group,
-    vocab_parallel_cross_entropy,
 )
-from models.tp_random import dropout, own_generator
+from models.parallel.cross_entropy import vocab_parallel_cross_entropy
+from models.parallel.rng import dropout, own_generator
+from models.parallel.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from models.parallel.topology import ONE_RANK, TensorParallel
 
 
 def rotary_table(config: GPTConfig, sequence: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from models.tp_ops import cross_entropy
+from models.parallel.cross_entropy import cross_entropy
 
 
 def read_config(path: str, changes: dict[str, Any]) -> PreTrainedConfig:

@@ -10,21 +10,20 @@ A tied output projection is the token embedding again. Where the two lie on diff
 a copy, and DeepSpeed adds up the copies' gradients before the step (`TiedLayerSpec`).
 """
 
-import re
 from collections.abc import Iterator
 from functools import partial
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from deepspeed.runtime.utils import partition_balanced, partition_uniform
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.config import GPTConfig, parameters_by_layer
+from models.config import GPTConfig
 from models.gpt import Block, Output, Position, norm_class, rotary_table
-from models.topology import Grid, TensorParallel
-from models.tp_layers import VocabParallelEmbedding, column_parallel
-from models.tp_ops import vocab_parallel_cross_entropy
+from models.parallel.cross_entropy import vocab_parallel_cross_entropy
+from models.parallel.tensor_parallel import VocabParallelEmbedding, column_parallel
+from models.parallel.topology import Grid, TensorParallel
+from models.pipeline_stages import stage_bounds
 
 _TIED_KEY = "token"
 
@@ -81,47 +80,8 @@ def layer_specs(
     ]
 
 
-def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
-    """Where the chain is cut: stage s runs layers bounds[s] to bounds[s + 1] - 1.
-
-    Args:
-        config: the model; its chain has `layers + 4` layers.
-        stages: the pipeline parallel size.
-        partition: "parameters" makes the largest stage as small as can be, "uniform" gives each as
-            many layers, and "type:REGEX" as many layers whose name (`models.config`) matches.
-
-    Raises:
-        ValueError: where the partition is none of these, its REGEX matches fewer layers than there are
-            stages, or a stage would have no parameters to train.
-    """
-    layers = parameters_by_layer(config)
-    sizes = [size for _, size in layers]
-    if partition == "parameters":
-        bounds = partition_balanced(sizes, stages)
-    elif partition == "uniform":
-        bounds = partition_uniform(len(layers), stages)
-    elif partition.startswith("type:"):
-        pattern = partition.removeprefix("type:")
-        try:
-            matches = [int(bool(re.search(pattern, name, re.IGNORECASE))) for name, _ in layers]
-        except re.error as error:
-            raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
-        if sum(matches) < stages:
-            raise ValueError(
-                f"{sum(matches)} layers match '{pattern}', fewer than the {stages} stages; they are "
-                f"token, position, {config.layers} of block, norm and output"
-            )
-        bounds = partition_balanced(matches, stages)
-    else:
-        raise ValueError(f"'{partition}' is not parameters, uniform or type:REGEX")
-    for stage in range(stages):
-        if not sum(sizes[bounds[stage] : bounds[stage + 1]]):
-            raise ValueError(f"stage {stage} of {stages} would have nothing to train")
-    return [int(bound) for bound in bounds]  # DeepSpeed's are numpy's
-
-
 class GPTPipeline(PipelineModule):
-    """This rank's stage of a GPT. DeepSpeed's engine runs it; see `models/schedules.py` for the order.
+    """This rank's stage of a GPT. DeepSpeed's engine runs it, in the order of `pipeline_schedules.py`.
 
     Parameters are uninitialised; `canonical_parameters` names them as the model on one device does.
 

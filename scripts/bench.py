@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from launch.arguments import add_recipe_arguments
-from launch.bench import LAYOUT, Speed, as_json, bench
-from launch.errors import UserError, one_line_errors
-from launch.local_ranks import choose_ranks
-from launch.recipe import Recipe, load_recipe
+from launch.config.cli_args import add_recipe_arguments
+from launch.config.load import load_recipe
+from launch.config.schema import Recipe
+from launch.errors import UserError
+from launch.perf.benchmark import LAYOUT, Speed, as_json, bench
+from launch.runtime.failures import one_line_errors
+from launch.runtime.local_launcher import choose_ranks
 
 
 def table(recipe: Recipe, speeds: list[Speed]) -> Table:
@@ -79,7 +81,7 @@ def run(given: argparse.Namespace) -> None:
     """Time both and print.
 
     Raises:
-        UserError: for numbers that make no sense, and as `launch.bench.bench`.
+        UserError: for numbers that make no sense, and as `launch.perf.benchmark.bench`.
     """
     for name, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
         value = getattr(given, name)

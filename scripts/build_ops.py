@@ -8,8 +8,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not s
 import argparse
 import time
 
-from launch.errors import one_line_errors
-from launch.jit import OPS, build_ops, use_private_cache
+from launch.runtime.failures import one_line_errors
+from launch.runtime.op_builder import OPS, build_ops, use_private_cache
 
 CPU_OPS = ["cpu_adam", "async_io"]  # optimizer offload, and offload to NVMe
 

@@ -15,9 +15,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not s
 # writes about it to stdout.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from launch.ds_config import load_json
-from launch.ds_finding import Finding, error
-from launch.ds_lint import lint
+from launch.ds_json.finding import Finding, error
+from launch.ds_json.linter import lint
+from launch.ds_json.strict_json import load_json
 from launch.errors import UserError
 
 

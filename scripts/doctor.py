@@ -32,10 +32,12 @@ try:
 
     from launch.doctor import probe
     from launch.doctor.checks import Line, check_host, check_together
-    from launch.doctor.framework import check_framework
-    from launch.doctor.hosts import facts_of_host, framework_of_host, question, read_hostfile
-    from launch.errors import UserError, one_line_errors
-    from launch.recipe import ROOT
+    from launch.doctor.remote_probe import facts_of_host, framework_of_host, question
+    from launch.doctor.torch_check import check_framework
+    from launch.errors import UserError
+    from launch.paths import ROOT
+    from launch.runtime.failures import one_line_errors
+    from launch.runtime.ssh import read_hostfile
 except ModuleNotFoundError as lacking:
     sys.exit(
         f"error: {sys.executable} has no {lacking.name}; run: make setup, then: "
@@ -95,8 +97,8 @@ def one_line(folder: Path) -> str:
 
 def check_here(given: argparse.Namespace) -> list[Line]:
     """This machine alone."""
-    from launch.doctor.together import measure_here
-    from launch.local_ranks import choose_ranks
+    from launch.doctor.collectives_check import measure_here
+    from launch.runtime.local_launcher import choose_ranks
 
     given.folder.mkdir(parents=True, exist_ok=True)
     facts = probe.facts(json.loads(question(ROOT, port=given.port, folder=given.folder)))
@@ -122,7 +124,7 @@ def _failed(host: str, error: UserError) -> Line:
 
 def check_hosts(given: argparse.Namespace) -> list[Line]:
     """Every host of the hostfile, and the network between them."""
-    from launch.doctor.together import measure_between
+    from launch.doctor.collectives_check import measure_between
 
     hosts = read_hostfile(given.hostfile)
     given.folder.mkdir(parents=True, exist_ok=True)

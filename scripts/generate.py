@@ -10,7 +10,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not s
 
 import argparse
 
-from launch.errors import UserError, one_line_errors
+from launch.errors import UserError
+from launch.runtime.failures import one_line_errors
 
 
 def main() -> None:
@@ -41,11 +42,11 @@ def generate(arguments: argparse.Namespace) -> str:
 
     import torch
 
-    from launch.build import build_model
-    from launch.run_folder import read_settings
-    from launch.sampling import sample
-    from launch.tokenizer import load_tokenizer
-    from launch.weights import load_weights
+    from launch.checkpoint.safetensors_io import load_weights
+    from launch.data.tokenizer import load_tokenizer
+    from launch.runtime.run_dir import read_settings
+    from launch.training.build_model import build_model
+    from launch.training.sampling import sample
 
     recipe = read_settings(folder)
     gpu = torch.cuda.is_available()

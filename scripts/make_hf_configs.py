@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
 
-from launch.ds_config import load_json
-from launch.errors import one_line_errors
-from launch.recipe import ROOT
+from launch.ds_json.strict_json import load_json
+from launch.paths import ROOT
+from launch.runtime.failures import one_line_errors
 
 _AUTO = (
     "train_micro_batch_size_per_gpu",

@@ -21,10 +21,13 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from launch.arguments import add_recipe_arguments
-from launch.errors import UserError, one_line_errors
-from launch.local_ranks import choose_ranks, run_local_ranks
-from launch.recipe import ROOT, Recipe, load_recipe
+from launch.config.cli_args import add_recipe_arguments
+from launch.config.load import load_recipe
+from launch.config.schema import Recipe
+from launch.errors import UserError
+from launch.paths import ROOT
+from launch.runtime.failures import one_line_errors
+from launch.runtime.local_launcher import choose_ranks, run_local_ranks
 
 EXIT_DIFFERENT = 1
 MOST_STEPS = 10  # rounding grows from step to step, and the tolerances are for this many
@@ -38,18 +41,14 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
     """
     import torch
 
-    from launch.build import compute_dtype
-    from launch.data import Batches, prepare, tokens_needed
-    from launch.ds_config import resolve
-    from launch.layout import plan_layout
-    from launch.parity import (
-        check_comparable,
-        read_trace,
-        run_reference,
-        write_layout_trace,
-    )
-    from launch.parity_compare import compare, key_biases, tolerances_of
-    from launch.parity_report import save_picture, table, verdict
+    from launch.config.layout import plan_layout
+    from launch.config.resolve import resolve
+    from launch.data.batches import Batches
+    from launch.data.prepare import prepare, tokens_needed
+    from launch.ds_json.view import compute_dtype
+    from launch.parity.compare import compare, key_biases, tolerances_of
+    from launch.parity.report import save_picture, table, verdict
+    from launch.parity.run import check_comparable, read_trace, run_reference, write_layout_trace
 
     layout = plan_layout(recipe, ranks)
     resolve(recipe, layout)

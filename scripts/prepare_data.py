@@ -10,10 +10,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not s
 
 import argparse
 
-from launch.arguments import add_recipe_arguments
-from launch.data import prepare, tokens_needed
-from launch.errors import one_line_errors
-from launch.recipe import load_recipe
+from launch.config.cli_args import add_recipe_arguments
+from launch.config.load import load_recipe
+from launch.data.prepare import prepare, tokens_needed
+from launch.runtime.failures import one_line_errors
 
 
 def main() -> None:

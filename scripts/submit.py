@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cluster.backend import MODULES, SHARED_DISK, backend_of
-from launch.cluster.follow import errors, follow, progress
 from launch.cluster.job import Job, make_job, notes, write_files
-from launch.cluster.record import Record, find, records, remember
+from launch.cluster.job_store import Record, find, records, remember
+from launch.cluster.monitor import errors, follow, progress
 from launch.cluster.site import load_site
-from launch.errors import UserError, one_line_errors
-from launch.recipe import ROOT
+from launch.errors import UserError
+from launch.paths import ROOT
+from launch.runtime.failures import one_line_errors
 
 
 def say(text: str) -> None:

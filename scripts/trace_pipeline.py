@@ -21,11 +21,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from launch.arguments import add_recipe_arguments
-from launch.errors import UserError, one_line_errors
-from launch.local_ranks import choose_ranks
-from launch.recipe import ROOT, Recipe, load_recipe
-from launch.trace_run import check_pipeline, trace
+from launch.config.cli_args import add_recipe_arguments
+from launch.config.load import load_recipe
+from launch.config.schema import Recipe
+from launch.errors import UserError
+from launch.paths import ROOT
+from launch.perf.pipeline_trace import check_pipeline, trace
+from launch.runtime.failures import one_line_errors
+from launch.runtime.local_launcher import choose_ranks
 
 EXIT_DIFFERENT = 1
 
@@ -34,9 +37,15 @@ def show(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int, out: 
     """Trace, print the tables, write the files; returns whether live micro batches are as expected.
 
     Raises:
-        UserError: as `launch.trace_run.trace`.
+        UserError: as `launch.perf.pipeline_trace.trace`.
     """
-    from launch.trace_picture import bubble_table, live_table, save_picture, write_chrome, write_csv
+    from launch.perf.trace_plots import (
+        bubble_table,
+        live_table,
+        save_picture,
+        write_chrome,
+        write_csv,
+    )
 
     parallel = recipe.parallel
     print(

@@ -22,14 +22,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch.local_ranks import free_port
+from launch.runtime.local_launcher import free_port
 
 Result = TypeVar("Result")
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch", "deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer",
-    "launch.engine", "launch.step", "launch.weights", "launch.data",
+    "launch.training.engine", "launch.training.evaluate", "launch.checkpoint.safetensors_io",
+    "launch.data.prepare",
 ]  # fmt: skip
 # Two ranks with a thread a core each would fight over the cores of a small machine.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

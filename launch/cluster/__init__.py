@@ -1,1 +1,4 @@
-"""A recipe as a job on somebody's cluster: Slurm, ssh hosts, MPI, Kubernetes, the clouds."""
+"""A recipe as a job on Slurm, ssh hosts, OpenMPI, Kubernetes, Kubeflow or SkyPilot.
+
+May import `doctor`, `runtime`, `config` and what lies below them.
+"""

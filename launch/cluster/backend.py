@@ -4,7 +4,7 @@ import importlib
 from typing import Protocol, cast
 
 from launch.cluster.job import Job
-from launch.cluster.record import Record, State
+from launch.cluster.job_store import Record, State
 
 # Each module has a class Backend. Where the hosts see this machine's disk, the job's files lie there.
 MODULES = {

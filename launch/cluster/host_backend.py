@@ -15,7 +15,7 @@ import psutil
 
 from launch.cluster.hosts import check_hosts, hosts_of, master_port
 from launch.cluster.job import Job
-from launch.cluster.record import Record, State
+from launch.cluster.job_store import Record, State
 from launch.cluster.supervise import STOPPED, end_everywhere, write_exit_code
 from launch.errors import UserError
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.job import Job
-from launch.doctor.hosts import facts_of_host, read_hostfile
+from launch.doctor.remote_probe import facts_of_host
 from launch.errors import UserError
+from launch.runtime.ssh import read_hostfile
 
 PORTS = (20_000, 32_000)  # below those that the kernel hands out by itself
 CLOCK_SECONDS = 60.0  # further apart, file times and logs mislead

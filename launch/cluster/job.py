@@ -20,10 +20,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
 from launch.cluster.site import Site
-from launch.ds_config import resolve
+from launch.config.layout import Layout, plan_layout
+from launch.config.load import load_recipe, read_values
+from launch.config.resolve import resolve
+from launch.config.schema import Recipe
 from launch.errors import UserError
-from launch.layout import Layout, plan_layout
-from launch.recipe import ROOT, Recipe, load_recipe, read_values
+from launch.paths import ROOT
 
 TEMPLATES = Path(__file__).resolve().parent
 
@@ -109,8 +111,8 @@ def make_job(
 
     Args:
         cluster: what `scripts/submit.py --cluster` was given.
-        recipe_file: as `launch.recipe.load_recipe`.
-        overrides: as `launch.recipe.load_recipe`. With run.dir among them the job goes on with that
+        recipe_file: as `launch.config.load.load_recipe`.
+        overrides: as `launch.config.load.load_recipe`. With run.dir among them the job goes on with that
             run, from its newest checkpoint.
         nodes: number of hosts.
         gpus_per_node: ranks on each.

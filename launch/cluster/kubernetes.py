@@ -10,7 +10,7 @@ from launch.cluster.containers import (
     require,
 )
 from launch.cluster.job import Job
-from launch.cluster.record import Record, State
+from launch.cluster.job_store import Record, State
 from launch.errors import UserError
 
 HINT = "install kubectl and point it at your cluster"

@@ -4,8 +4,8 @@ import re
 
 from launch.cluster.containers import ask, container_script, name_of, require
 from launch.cluster.job import Job
+from launch.cluster.job_store import Record, State
 from launch.cluster.kubeflow import WRITE_RECIPE
-from launch.cluster.record import Record, State
 
 HINT = "run: pip install 'skypilot[aws]' (or your cloud's name) in an environment of its own"
 # `sky queue` says PENDING, SETTING_UP, RUNNING and so on; ours are the words of every cluster.

@@ -15,8 +15,9 @@ import time
 from collections.abc import Sequence
 
 from launch.cluster.job import Job
-from launch.cluster.record import Record, State
-from launch.errors import UserError, one_line_errors
+from launch.cluster.job_store import Record, State
+from launch.errors import UserError
+from launch.runtime.failures import one_line_errors
 
 ASK_SECONDS = 60
 GONE_WITHIN_SECONDS = 120.0

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NoReturn
 
-from launch.cluster import end_on_host
-from launch.cluster.told import told_errors
-from launch.doctor.hosts import run_on_host
+from launch.cluster import kill_job as end_on_host
+from launch.cluster.error_log import told_errors
 from launch.errors import UserError
+from launch.runtime.ssh import run_on_host
 
 # What pdsh writes when the command of one host has ended with another code than 0.
 HOST_ENDED = re.compile(r"pdsh@\S+: (\S+): (?:ssh exited with exit code (\d+)|.*)")

@@ -1,1 +1,4 @@
-"""Whether a machine, or several, will run DeepSpeed; and what to mend where they will not."""
+"""What a host needs for DeepSpeed: `probe.py` runs on the host, `checks.py` judges.
+
+May import `runtime` and what lies below it.
+"""

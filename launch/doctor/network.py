@@ -29,7 +29,7 @@ def measure() -> None:
     rank's link carries, to be compared with the link's own.
     """
     signal.alarm(SECONDS)
-    from launch.distributed import connect, prepare_environment
+    from launch.runtime.process_group import connect, prepare_environment
 
     prepare_environment()
     import torch

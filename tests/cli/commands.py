@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.recipe import ROOT
+from launch.paths import ROOT
 from tests.resume.runs import write_text
 
 GONE_WITHIN_SECONDS = 30.0

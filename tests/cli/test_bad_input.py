@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.recipe import ROOT
+from launch.paths import ROOT
 from tests.cli.commands import Ended, run, train, train_command, write_recipe
 
 CONFIG = "deepspeed.config"

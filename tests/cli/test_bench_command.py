@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from launch.recipe import ROOT
+from launch.paths import ROOT
 
 SMALL = [
     "train.global_batch_size=8", "train.micro_batch_size=2", "model.layers=2", "model.hidden=32",

@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from launch.recipe import ROOT
+from launch.paths import ROOT
 from tests.cli.commands import Ended, run
 
 DOCTOR = ROOT / "scripts/doctor.py"

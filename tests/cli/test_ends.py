@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.run_folder import RunFolder, damage, newest_complete, read_metrics
+from launch.checkpoint.manifest import damage, newest_complete
+from launch.runtime.run_dir import RunFolder, read_metrics
 from tests.cli.commands import (
     GONE_WITHIN_SECONDS,
     Ended,
@@ -72,7 +73,7 @@ def _stop_at(folder: Path, step: int) -> Path:
         "import sys, importlib.abc, importlib.machinery\n"
         "class Finder(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name != 'launch.step':\n"
+        "        if name != 'launch.training.train_step':\n"
         "            return None\n"
         "        sys.meta_path.remove(self)\n"
         "        import importlib.util\n"
@@ -180,9 +181,9 @@ def test_a_file_that_cannot_grow_is_told_in_one_line(recipe: Path, tmp_path: Pat
 
 def test_an_unexpected_error_keeps_its_traceback(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import launch.layout\n"
+        "import launch.config.layout\n"
         "def broken(*_): raise ValueError('a defect of ours')\n"
-        "launch.layout.plan_layout = broken\n"
+        "launch.config.layout.plan_layout = broken\n"
     )
     paths = f"{tmp_path}:{Path(__file__).parents[2]}"
     ended = train(recipe, env={"PYTHONPATH": paths})

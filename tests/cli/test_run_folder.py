@@ -11,11 +11,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from launch.ds_config import load_json, resolve
-from launch.layout import plan_layout
-from launch.metrics import draw_loss
-from launch.recipe import ROOT, GPTModel, recipe_from_dict
-from launch.run_folder import read_metrics, read_settings
+from launch.config.layout import plan_layout
+from launch.config.load import recipe_from_dict
+from launch.config.resolve import resolve
+from launch.config.schema import GPTModel
+from launch.ds_json.strict_json import load_json
+from launch.paths import ROOT
+from launch.runtime.run_dir import read_metrics, read_settings
+from launch.training.metrics import draw_loss
 from models.config import count_parameters
 from tests.cli.commands import run
 from tests.resume.runs import STEPS, train, values, write_text

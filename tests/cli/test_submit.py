@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from launch.cluster.backend import MODULES
-from launch.recipe import ROOT, load_recipe
+from launch.config.load import load_recipe
+from launch.paths import ROOT
 from tests.cli.commands import Ended, run
 
 RECIPE = "recipes/gpt_tiny_zero2.yaml"

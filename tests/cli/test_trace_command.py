@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from launch.memory import micro_batches_alive
-from launch.recipe import ROOT
-from launch.trace_events import Event, Run, idle_shares, peak_live, span
-from launch.trace_run import SavedBytes
+from launch.paths import ROOT
+from launch.perf.pipeline_trace import SavedBytes
+from launch.perf.trace_events import Event, Run, idle_shares, peak_live, span
+from models.pipeline_stages import micro_batches_alive
 
 SMALL = [
     "model.layers=2", "model.hidden=32", "data.sequence_length=32", "train.micro_batch_size=2",
@@ -174,7 +174,7 @@ def test_it_refuses_in_one_line(recipe: str, words: list[str], message: str) -> 
 
 
 def by_hand(*rows: str) -> list[list[Event]]:
-    """A step drawn as in models/schedules.py: a letter lasts a second, and `r` is a receive."""
+    """A step drawn as in models/pipeline_schedules.py: a letter lasts a second, and `r` is a receive."""
     kinds = {"r": "RecvActivation", "o": "OptimizerStep"}
     stages = []
     for row in rows:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.recipe import ROOT
-from launch.run_folder import read_metrics
+from launch.paths import ROOT
+from launch.runtime.run_dir import read_metrics
 
 RECIPE = "recipes/gpt_tiny_zero2.yaml"
 ENTRY = str(ROOT / "launch" / "train.py")

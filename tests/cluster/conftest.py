@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from launch.cluster.record import INDEX
+from launch.cluster.job_store import INDEX
 from launch.errors import UserError
 from tests.cluster.virtual import Cluster
 

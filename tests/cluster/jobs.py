@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import yaml
 
-from launch.recipe import ROOT, recipe_from_dict
-from launch.run_folder import read_metrics
+from launch.config.load import recipe_from_dict
+from launch.paths import ROOT
+from launch.runtime.run_dir import read_metrics
 from tests.cli.commands import Ended
 from tests.cluster.virtual import Cluster
 from tests.ranks import run_ranks

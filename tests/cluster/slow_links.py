@@ -17,9 +17,11 @@ from pathlib import Path
 
 import psutil
 
-from launch.errors import one_line_errors
-from launch.recipe import ROOT, GPTModel, load_recipe
-from launch.run_folder import read_metrics
+from launch.config.load import load_recipe
+from launch.config.schema import GPTModel
+from launch.paths import ROOT
+from launch.runtime.failures import one_line_errors
+from launch.runtime.run_dir import read_metrics
 from models.config import count_parameters
 from tests.cli.commands import free_port
 from tests.cluster.virtual import Cluster

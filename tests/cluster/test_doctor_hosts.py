@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.jit import use_private_cache
-from launch.recipe import ROOT
+from launch.paths import ROOT
+from launch.runtime.op_builder import use_private_cache
 from tests.cluster.jobs import unknown_key
 from tests.cluster.virtual import Cluster
 

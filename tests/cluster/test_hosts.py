@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.recipe import ROOT
+from launch.paths import ROOT
 from tests.cli.commands import wait_for
 from tests.cluster.jobs import (
     AWKWARD,

@@ -9,7 +9,7 @@ import pytest
 
 from launch.cluster.ssh_hosts import escaped
 from launch.errors import UserError
-from launch.recipe import ROOT
+from launch.paths import ROOT
 from tests.cluster.jobs import LAUNCHERS, hosts, recipe, try_submit, unknown_key
 from tests.cluster.virtual import Cluster
 

@@ -15,10 +15,11 @@ from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from launch.cluster.backend import MODULES, backend_of
 from launch.cluster.containers import NAME_LENGTH, name_of
 from launch.cluster.job import Job, make_job, write_files
-from launch.cluster.record import Record
+from launch.cluster.job_store import Record
 from launch.cluster.site import Kubernetes, Site, SkyPilot, load_site
+from launch.config.load import load_recipe
 from launch.errors import UserError
-from launch.recipe import ROOT, load_recipe
+from launch.paths import ROOT
 from tests.cluster.jobs import AWKWARD
 
 KUBERNETES_VERSION = "1.31"

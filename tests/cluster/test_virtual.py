@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from launch.errors import UserError
-from launch.recipe import ROOT
+from launch.paths import ROOT
 from tests.cluster import slurm_files
 from tests.cluster.slurm_files import ETC, FAKE_GPUS, NAMESPACES, STATE
 from tests.cluster.virtual import PREFIX, Cluster, remove_stale

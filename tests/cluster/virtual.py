@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.recipe import ROOT
+from launch.paths import ROOT
 from tests.cli.commands import OF_A_RANK, Ended
 from tests.cluster.slurm_files import (
     ENVIRONMENT,

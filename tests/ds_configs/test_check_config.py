@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.ds_config import load_json
-from launch.recipe import ROOT
+from launch.ds_json.strict_json import load_json
+from launch.paths import ROOT
 
 
 def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from launch.ds_config import load_json
-from launch.ds_lint import lint
-from launch.recipe import ROOT
+from launch.ds_json.linter import lint
+from launch.ds_json.strict_json import load_json
+from launch.paths import ROOT
 from tests.ds_configs.training import train_raw, train_with_accelerate, train_with_trainer
 from tests.ranks import run_ranks
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from launch import ds_keys
-from launch.ds_config import load_json, merge
-from launch.ds_lint import lint
-from launch.recipe import ROOT
+from launch.config.resolve import merge
+from launch.ds_json import keys as ds_keys
+from launch.ds_json.linter import lint
+from launch.ds_json.strict_json import load_json
+from launch.paths import ROOT
 
 CLEAN: dict[str, Any] = load_json(ROOT / "ds_configs" / "zero2.json")
 STAGE = {stage: {"zero_optimization": {"stage": stage}} for stage in range(4)}

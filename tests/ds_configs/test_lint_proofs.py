@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from launch.ds_config import load_json, merge
-from launch.ds_lint import lint
-from launch.recipe import ROOT
+from launch.config.resolve import merge
+from launch.ds_json.linter import lint
+from launch.ds_json.strict_json import load_json
+from launch.paths import ROOT
 from tests.ds_configs.test_lint import CPU, config, params, zero
 from tests.ds_configs.training import train_raw, train_with_accelerate
 from tests.ranks import run_ranks

@@ -1,4 +1,4 @@
-"""launch/ds_config.py: a recipe's JSON, its overrides and its batch sizes become one dict."""
+"""launch/config/resolve.py: a recipe's JSON, its overrides and its batch sizes become one dict."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from launch.ds_config import load_json, resolve, warnings
+from launch.config.layout import plan_layout
+from launch.config.load import recipe_from_dict
+from launch.config.resolve import resolve, warnings
+from launch.config.schema import Recipe
+from launch.ds_json.strict_json import load_json
 from launch.errors import UserError
-from launch.layout import plan_layout
-from launch.recipe import Recipe, recipe_from_dict
 
 ZERO2 = "ds_configs/zero2.json"
 

@@ -9,7 +9,7 @@ STEPS = 8
 def _start() -> None:
     import deepspeed
 
-    from launch.jit import skip_shared_memory_op
+    from launch.deepspeed_patches.startup import skip_shared_memory_op
 
     deepspeed.utils.logger.setLevel("ERROR")
     skip_shared_memory_op()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.recipe import ROOT
-from launch.run_folder import read_metrics
+from launch.paths import ROOT
+from launch.runtime.run_dir import read_metrics
 
 pytestmark = pytest.mark.gpu
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.data import Batches, prepare, tokens_needed
-from launch.ds_config import resolve
-from launch.layout import plan_layout
-from launch.parity import Trace, run_layout, run_reference
-from launch.parity_compare import Difference, compare, key_biases, tolerances_of
-from launch.recipe import ROOT, Recipe, load_recipe, recipe_from_dict
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe, recipe_from_dict
+from launch.config.resolve import resolve
+from launch.config.schema import Recipe
+from launch.data.batches import Batches
+from launch.data.prepare import prepare, tokens_needed
+from launch.parity.compare import Difference, compare, key_biases, tolerances_of
+from launch.parity.run import Trace, run_layout, run_reference
+from launch.paths import ROOT
 from tests.ranks import run_ranks
 
 STEPS = 4

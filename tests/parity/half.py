@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from launch.parity import Trace, run_layout
+from launch.parity.run import Trace, run_layout
 
 
 def fp16(stage: int) -> tuple[str, ...]:

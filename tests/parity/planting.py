@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from launch.parity import Trace, run_layout
-from launch.parity_compare import Difference
+from launch.parity.compare import Difference
+from launch.parity.run import Trace, run_layout
 
 Fault = Callable[[], None]
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from launch.autotp import check_plan, whole_shape
-from launch.describe import print_dry_run
-from launch.ds_config import resolve
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe, recipe_from_dict
+from launch.config.resolve import resolve
+from launch.config.schema import Recipe
+from launch.deepspeed_patches.autotp import check_plan, whole_shape
 from launch.errors import UserError
-from launch.layout import plan_layout
-from launch.parity import Trace, meta_model, run_layout
-from launch.recipe import Recipe, load_recipe, recipe_from_dict
+from launch.parity.run import Trace, run_layout
+from launch.planner.dry_run import print_dry_run
+from launch.training.build_model import meta_model
 from tests.parity.cases import NO_CLIP, Case, Workbench
 from tests.parity.planting import plant
 from tests.ranks import run_ranks
@@ -66,12 +68,12 @@ def _run(fault: str, values: dict[str, Any], scratch: Path) -> Trace:
     """A rank of the layout, without one of the mends or with a fault planted in DeepSpeed."""
     from deepspeed.module_inject.layers import RowParallel
 
-    from launch import engine
+    from launch.training import engine
 
     if fault == "rows not summed":
         plant(RowParallel, "forward", staticmethod(lambda ctx, group, rows, inference: rows))
     elif fault == "gradients not marked":
-        plant(engine, "_mark_gradients", lambda engine: None)
+        plant(engine, "mark_gradients", lambda engine: None)
     else:
         plant(engine, "show_plan", lambda model: None)
     return run_layout(values, scratch)
@@ -137,9 +139,9 @@ def test_a_fault_is_caught_at_the_first_step(
 
 def _replicas(values: dict[str, Any], scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Some steps; then what this rank holds whole, and all parameters' shapes on one device."""
-    from launch.local_engine import local_engine
-    from launch.step import train_step
-    from launch.weights import canonical_names, full_weights
+    from launch.checkpoint.full_weights import canonical_names, full_weights
+    from launch.training.setup import local_engine
+    from launch.training.train_step import train_step
 
     with local_engine(values, scratch) as local:
         for step in range(local.recipe.train.steps):

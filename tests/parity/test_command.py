@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from launch.errors import UserError
-from launch.local_ranks import run_local_ranks
-from launch.recipe import ROOT
+from launch.paths import ROOT
+from launch.runtime.local_launcher import run_local_ranks
 from scripts import parity as command
 from tests.parity.cases import write_text
 
@@ -46,7 +46,7 @@ def test_two_ranks_agree_with_one_device(tmp_path: Path) -> None:
 
 def faulty_write_layout_trace(values: dict[str, object], file: Path) -> None:
     """Run in each rank by `test_a_fault_ends_with_exit_code_1`."""
-    from launch.parity import write_layout_trace
+    from launch.parity.run import write_layout_trace
     from tests.parity.test_faults import gradients_not_divided_by_the_accumulation_steps
 
     gradients_not_divided_by_the_accumulation_steps()
@@ -56,7 +56,7 @@ def faulty_write_layout_trace(values: dict[str, object], file: Path) -> None:
 def test_a_fault_ends_with_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.parity.write_layout_trace", faulty_write_layout_trace)
+    monkeypatch.setattr("launch.parity.run.write_layout_trace", faulty_write_layout_trace)
     assert command.main([*arguments(tmp_path), "--ranks", "1"]) == command.EXIT_DIFFERENT
     assert "parity FAILS" in (printed := capsys.readouterr().out)
     assert "grad norm at step 1" in printed

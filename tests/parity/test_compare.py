@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from launch.config.load import recipe_from_dict
+from launch.config.schema import Recipe
 from launch.errors import UserError
-from launch.parity import Trace, check_comparable
-from launch.parity_compare import Difference, Tolerances, compare, key_biases, tolerances
-from launch.parity_report import verdict
-from launch.recipe import Recipe, recipe_from_dict
+from launch.parity.compare import Difference, Tolerances, compare, key_biases, tolerances
+from launch.parity.report import verdict
+from launch.parity.run import Trace, check_comparable
 
 LIMITS = Tolerances(first_loss=1e-6, loss=1e-5, grad_norm=1e-5, matrices=1e-5, vectors=1e-5)
 

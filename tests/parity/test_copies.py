@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from launch.layout import plan_layout
-from models.topology import Grid
+from launch.config.layout import plan_layout
+from models.parallel.topology import Grid
 from tests.parity.cases import STEPS, Case, Workbench
 from tests.parity.kinds import KINDS
 from tests.parity.planting import Fault
@@ -39,9 +39,9 @@ def _hold_after_steps(fault: Fault, values: dict[str, Any], scratch: Path) -> He
     from deepspeed.utils import safe_get_full_fp32_param
     from torch import Tensor
 
-    from launch.local_engine import local_engine
-    from launch.step import train_step
-    from launch.weights import canonical_names
+    from launch.checkpoint.full_weights import canonical_names
+    from launch.training.setup import local_engine
+    from launch.training.train_step import train_step
 
     def digest(tensor: Tensor) -> bytes:
         raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

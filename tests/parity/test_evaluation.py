@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import torch
 
-from launch.build import build_model, compute_dtype
-from launch.data import Corpus, held_out_share, prepare, tokens_needed
-from launch.ds_config import resolve
-from launch.layout import plan_layout
-from launch.parity_compare import tolerances_of
-from launch.recipe import Recipe
-from launch.sampling import sample
-from launch.weights import canonical_names
+from launch.checkpoint.full_weights import canonical_names
+from launch.config.layout import plan_layout
+from launch.config.resolve import resolve
+from launch.config.schema import Recipe
+from launch.data.batches import held_out_share
+from launch.data.prepare import Corpus, prepare, tokens_needed
+from launch.ds_json.view import compute_dtype
+from launch.parity.compare import tolerances_of
+from launch.training.build_model import build_model
+from launch.training.sampling import sample
 from tests.parity.cases import STEPS, Case, Workbench
 from tests.parity.kinds import KINDS
 from tests.ranks import run_ranks
@@ -47,10 +49,11 @@ def _corpus(recipe: Recipe) -> Corpus:
 
 def _train_and_look(values: dict[str, Any], scratch: Path, counts: list[int]) -> Seen:
     """Run in each rank: steps, and between them an evaluation of each number of sequences."""
-    from launch.local_engine import local_engine
-    from launch.step import evaluate, next_token_logits, train_step
-    from launch.weights import full_weights
-    from models.topology import Grid
+    from launch.checkpoint.full_weights import full_weights
+    from launch.training.evaluate import evaluate, next_token_logits
+    from launch.training.setup import local_engine
+    from launch.training.train_step import train_step
+    from models.parallel.topology import Grid
 
     held_out, text, weights, logits = [], "", {}, torch.empty(0)
     with local_engine(values, scratch) as local:

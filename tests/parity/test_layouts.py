@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from launch.recipe import ROOT, Recipe, load_recipe
+from launch.config.load import load_recipe
+from launch.config.schema import Recipe
+from launch.paths import ROOT
 from tests.parity.cases import CLIP, FAMILIES, NO_CLIP, Case, Workbench
 from tests.parity.kinds import OFFLOAD, PP2, TP2
 from tests.parity.pairs import Row, pairs, pairwise

@@ -16,7 +16,7 @@ from tests.parity.test_faults import gradients_not_divided_by_the_accumulation_s
 
 
 def backward_all_reduce_dropped() -> None:
-    from models.tp_ops import _Copy
+    from models.parallel.collectives import _Copy
 
     plant(_Copy, "backward", staticmethod(lambda ctx, gradient: (gradient, None)))
 
@@ -24,7 +24,7 @@ def backward_all_reduce_dropped() -> None:
 def row_parallel_sum_without_autograd() -> None:
     import torch.distributed as dist
 
-    from models import tp_layers
+    from models.parallel import tensor_parallel as tp_layers
 
     def wrong(x: Tensor, group: Any) -> Tensor:
         summed = x.detach().clone()
@@ -35,7 +35,8 @@ def row_parallel_sum_without_autograd() -> None:
 
 
 def row_parallel_sum_summed_on_the_way_back_too() -> None:
-    from models import tp_layers, tp_ops
+    from models.parallel import collectives as tp_ops
+    from models.parallel import tensor_parallel as tp_layers
 
     def wrong(x: Tensor, group: Any) -> Tensor:
         return tp_ops.copy_to_group(tp_ops.reduce_from_group(x, group), group)
@@ -46,8 +47,8 @@ def row_parallel_sum_summed_on_the_way_back_too() -> None:
 def row_bias_added_on_every_rank() -> None:
     from torch.nn.functional import linear
 
-    from models.tp_layers import RowParallelLinear
-    from models.tp_ops import reduce_from_group
+    from models.parallel.collectives import reduce_from_group
+    from models.parallel.tensor_parallel import RowParallelLinear
 
     def wrong(self: RowParallelLinear, x: Tensor) -> Tensor:
         return reduce_from_group(linear(x, self.weight, self.bias), self.group)
@@ -56,8 +57,8 @@ def row_bias_added_on_every_rank() -> None:
 
 
 def shards_not_marked_for_the_norm() -> None:
-    from launch import engine
-    from launch.build import parameter_groups
+    from launch.training import engine
+    from launch.training.optimizer import parameter_groups
 
     def wrong(model: Any) -> Any:
         """Row-parallel shards look like copies, of which one counts."""
@@ -96,9 +97,9 @@ def tied_gradients_not_summed() -> None:
 
 
 def tied_gradients_not_summed_where_they_are() -> None:
-    from launch import engine
+    from launch.training import engine
 
-    plant(engine, "_sum_tied_gradients_where_they_are", lambda engine: None)
+    plant(engine, "sum_tied_gradients_where_they_are", lambda engine: None)
 
 
 def stage_boundary_that_detaches() -> None:
@@ -120,9 +121,9 @@ def stage_boundary_that_detaches() -> None:
 
 
 def marks_of_stage_0_left_as_they_were() -> None:
-    from launch import engine
+    from launch.training import engine
 
-    plant(engine, "_count_each_parameter_once", lambda engine, topology: None)
+    plant(engine, "count_each_parameter_once", lambda engine, topology: None)
 
 
 TOKENS, BOTH_WAYS = (TP2, SEQUENCE), (TP2, PP2)

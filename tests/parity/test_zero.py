@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from launch.recipe import ROOT
+from launch.paths import ROOT
 from tests.parity.cases import CLIP, FAMILIES, NO_CLIP, Case, Workbench
 
 STEMS = sorted(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.cluster.backend import MODULES
-from launch.recipe import ROOT, load_recipe
+from launch.config.load import load_recipe
+from launch.paths import ROOT
 
 TEXT = (ROOT / "launch/README.md").read_text()
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

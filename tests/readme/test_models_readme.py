@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from launch.recipe import ROOT, load_recipe
-from models import gpt, schedules, tp_layers, tp_ops
+from launch.config.load import load_recipe
+from launch.paths import ROOT
+from models import gpt
+from models import pipeline_schedules as schedules
 from models.config import SIZES, GPTConfig
-from models.first_weights import initialize
 from models.gpt import GPT
+from models.init_weights import initialize
+from models.parallel import collectives as tp_ops
+from models.parallel import tensor_parallel as tp_layers
 from tests.collectives import Traffic
 from tests.parity.cases import write_text
 from tests.ranks import run_ranks
@@ -175,8 +179,8 @@ def test_the_worked_example_follows_from_the_table(size: str) -> None:
 
 def step_of_engine(values: dict[str, Any], folder: Path) -> tuple[int, list[tuple[str, int]]]:
     """The stage's number of parameters, and what its second step sends (the first agrees on shapes)."""
-    from launch.local_engine import local_engine
-    from launch.step import train_step
+    from launch.training.setup import local_engine
+    from launch.training.train_step import train_step
 
     with local_engine(values, folder) as local:
         train_step(local.engine, local.batch(0))
@@ -270,4 +274,4 @@ def test_the_pair_of_layers_can_be_copied(tmp_path: Path) -> None:
         shutil.copy(ROOT / "models" / name, tmp_path / "models")
     for printed, loaded in run_ranks(run_the_example, 2, tmp_path):
         assert "[32, 16] of [64, 16], same gradients" in printed
-        assert loaded == {"models.tp_ops", "models.tp_layers"}
+        assert loaded == {"models.parallel.collectives", "models.parallel.tensor_parallel"}

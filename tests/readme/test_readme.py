@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from launch import train
-from launch.describe import header, print_dry_run
-from launch.recipe import ROOT, load_recipe
+from launch.config.load import load_recipe
+from launch.paths import ROOT
+from launch.planner.dry_run import header, print_dry_run
 from tests.recipes.headers import header_ranks
 from tests.recipes.shrink import tiny_hub_model, without_hub
 

@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from launch.describe import header
+from launch.planner.dry_run import header
 
 
 def header_commands(file: Path) -> list[list[str]]:

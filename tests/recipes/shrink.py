@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launch.recipe import ROOT, GPTModel, HFModel, Recipe, load_recipe
+from launch.config.load import load_recipe
+from launch.config.schema import GPTModel, HFModel, Recipe
+from launch.paths import ROOT
 from tests.recipes.headers import header_ranks
 
 STEPS, SEQUENCE, BATCH = 24, 32, 8

@@ -12,22 +12,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from launch.describe import print_dry_run
-from launch.ds_config import resolve
-from launch.layout import plan_layout
-from launch.memory import (
-    Memory,
-    block_bytes,
-    estimate,
-    micro_batches_alive,
-    stage_parameters,
-)
-from launch.recipe import ROOT, GPTModel, Recipe, load_recipe
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe
+from launch.config.resolve import resolve
+from launch.config.schema import GPTModel, Recipe
+from launch.paths import ROOT
+from launch.planner.dry_run import print_dry_run
+from launch.planner.memory import Memory, block_bytes, estimate, stage_parameters
 from models.config import SIZES, GPTConfig, count_parameters
 from models.gpt import Block, rotary_table
-from models.pipeline import layer_specs, stage_bounds
-from models.schedules import SCHEDULES
-from models.topology import Grid, Topology
+from models.parallel.topology import Grid, Topology
+from models.pipeline import layer_specs
+from models.pipeline_schedules import SCHEDULES
+from models.pipeline_stages import micro_batches_alive, stage_bounds
 from tests.ranks import run_ranks
 from tests.recipes.headers import header_ranks
 
@@ -191,9 +188,9 @@ def test_micro_batches_alive_are_those_of_the_schedule(
 
 def state_bytes(config: str, overrides: list[str]) -> float:
     """Bytes of an engine's tensors when its second step has all gradients and starts on the update."""
-    from launch.distributed import connect
-    from launch.engine import build_engine, make_topology
-    from launch.step import train_step
+    from launch.runtime.process_group import connect
+    from launch.training.engine import build_engine, make_topology
+    from launch.training.train_step import train_step
 
     recipe = load_recipe(WIDE, [*WIDER, f"deepspeed.config={config}", *overrides])
     ranks = connect()

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.build import build_model, compute_dtype
-from launch.describe import header, print_dry_run, print_list
-from launch.ds_config import resolve
-from launch.layout import plan_layout
-from launch.memory import estimate
-from launch.recipe import ROOT, GPTModel, HFModel, Recipe, load_recipe
-from launch.run_folder import read_metrics
-from launch.weights import canonical_names
+from launch.checkpoint.full_weights import canonical_names
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe
+from launch.config.resolve import resolve
+from launch.config.schema import GPTModel, HFModel, Recipe
+from launch.ds_json.view import compute_dtype
+from launch.paths import ROOT
+from launch.planner.dry_run import header, print_dry_run, print_list
+from launch.planner.memory import estimate
+from launch.runtime.run_dir import read_metrics
+from launch.training.build_model import build_model
 from models.config import count_parameters
 from tests.ranks import run_ranks
 from tests.recipes.headers import header_commands, header_ranks, stated_gpus

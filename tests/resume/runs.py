@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from launch.recipe import recipe_from_dict
-from launch.run_folder import read_metrics
+from launch.config.load import recipe_from_dict
+from launch.runtime.run_dir import read_metrics
 from tests.ranks import run_ranks
 
 STEPS, SAVE_EVERY = 5, 2
@@ -60,9 +60,9 @@ def _train(values: dict[str, Any], resume: str | None, kill_after: int | None) -
 def _kill_after(steps: int) -> None:
     import torch.distributed as dist
 
-    import launch.step
+    import launch.training.train_step
 
-    step, count = launch.step.train_step, iter(range(steps + 1))
+    step, count = launch.training.train_step.train_step, iter(range(steps + 1))
 
     def deadly(*arguments: Any) -> Any:
         if next(count) == steps:
@@ -70,7 +70,7 @@ def _kill_after(steps: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(*arguments)
 
-    vars(launch.step)["train_step"] = deadly
+    vars(launch.training.train_step)["train_step"] = deadly
 
 
 def steps_logged(run: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launch.ds_config import merge
+from launch.config.resolve import merge
 from tests.ranks import RankDiedError
 from tests.resume.runs import STEPS, steps_logged, train, values, write_text
 

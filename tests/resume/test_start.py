@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 
-from launch import checkpoint, run_folder
+from launch.checkpoint import checkpoint
+from launch.checkpoint.manifest import MANIFEST
+from launch.checkpoint.resume import choose_start
+from launch.config.layout import plan_layout
+from launch.config.load import recipe_from_dict
+from launch.config.schema import Recipe
 from launch.errors import UserError
-from launch.layout import plan_layout
-from launch.recipe import Recipe, recipe_from_dict
-from launch.run_folder import MANIFEST, RunFolder, choose_start, claim
+from launch.runtime import run_dir as run_folder
+from launch.runtime.run_dir import RunFolder, claim
 from tests.resume.runs import steps_logged, train, values, write_text
 
 ZERO1: dict[str, Any] = {"config": "ds_configs/zero1.json", "bf16": {"enabled": False}}

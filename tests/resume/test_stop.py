@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launch.recipe import recipe_from_dict
+from launch.config.load import recipe_from_dict
 from tests.ranks import run_ranks
 from tests.resume.runs import STEPS, steps_logged, train, values, write_text
 
@@ -16,12 +16,12 @@ def _train_and_ask(recipe: dict[str, Any], agree: bool) -> None:
     """Train; during a step somebody touches STOP. Without `agree`, each rank looks for itself."""
     import torch.distributed as dist
 
-    import launch.step
-    import launch.stop
     import launch.train
+    import launch.training.preemption
+    import launch.training.train_step
 
     stop = Path(recipe["run"]["dir"]) / "STOP"
-    step, count = launch.step.train_step, iter(range(1, STEPS + 1))
+    step, count = launch.training.train_step.train_step, iter(range(1, STEPS + 1))
 
     def interrupted(*arguments: Any) -> Any:
         result = step(*arguments)
@@ -29,9 +29,11 @@ def _train_and_ask(recipe: dict[str, Any], agree: bool) -> None:
             stop.touch()
         return result
 
-    vars(launch.step)["train_step"] = interrupted
+    vars(launch.training.train_step)["train_step"] = interrupted
     if not agree:
-        vars(launch.stop)["stop_asked"] = lambda run, ranks: ranks.first and run.stop.exists()
+        vars(launch.training.preemption)["stop_asked"] = lambda run, ranks: (
+            ranks.first and run.stop.exists()
+        )
     launch.train.train(recipe_from_dict(recipe), None)
 
 

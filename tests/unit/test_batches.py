@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from launch.data import Batches, held_out_share
+from launch.config.layout import Layout
+from launch.data.batches import Batches, held_out_share
+from launch.data.token_file import TokenFile
 from launch.errors import UserError
-from launch.layout import Layout
-from launch.token_file import TokenFile
 
 
 @pytest.fixture

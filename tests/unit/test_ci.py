@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import yaml
 
-from launch.recipe import ROOT
+from launch.paths import ROOT
 
 
 def dry_run(target: str, **variables: str) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import end_on_host
-from launch.cluster.follow import errors
-from launch.cluster.record import Record
+from launch.cluster import kill_job as end_on_host
+from launch.cluster.job_store import Record
+from launch.cluster.monitor import errors
 from launch.cluster.slurm import world_info
 from launch.cluster.ssh_hosts import escaped
 from launch.errors import UserError

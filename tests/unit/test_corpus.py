@@ -10,9 +10,10 @@ import pytest
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
 
-from launch.corpus import documents, local_files
+from launch.config.schema import Data
+from launch.data.sources import documents, local_files
 from launch.errors import UserError
-from launch.recipe import ROOT, Data
+from launch.paths import ROOT
 
 both = pytest.mark.parametrize("streaming", [True, False])
 
@@ -224,7 +225,7 @@ def test_another_process_finds_the_same_documents(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.txt").write_text(name)
     code = (
-        "import sys; from pathlib import Path; from launch.corpus import *\n"
+        "import sys; from pathlib import Path; from launch.data.sources import *\n"
         "data = Data(source=sys.argv[1], sequence_length=8)\n"
         "print(list(documents(data, local_files(data), Path(sys.argv[2]))))"
     )

@@ -8,20 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch import data as module
-from launch.data import Corpus, prepare, tokens_needed
+from launch.config.load import recipe_from_dict
+from launch.config.schema import Data
+from launch.data import prepare as module
+from launch.data.prepare import Corpus, prepare, tokens_needed
+from launch.data.token_file import TokenFile
 from launch.errors import UserError
-from launch.recipe import ROOT, Data, recipe_from_dict
-from launch.token_file import TokenFile
+from launch.paths import ROOT
 from tests.unit.test_tokenizer import train_tokenizer
 
 CHILD = """
 import os, signal, sys
-import launch.token_file
+import launch.data.token_file
 from launch.data import prepare
 from launch.recipe import Data
 source, cache, kill_after = sys.argv[1], sys.argv[2], int(sys.argv[3])
-add = launch.token_file.SplitWriter.add
+add = launch.data.token_file.SplitWriter.add
 count = 0
 def counted(self, key, ids):
     global count
@@ -30,7 +32,7 @@ def counted(self, key, ids):
         self.train.file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     add(self, key, ids)
-launch.token_file.SplitWriter.add = counted
+launch.data.token_file.SplitWriter.add = counted
 corpus = prepare(Data(source=source, sequence_length=8, cache_dir=cache), tokens_needed=1)
 print(corpus.folder, len(corpus.train), len(corpus.held_out), corpus.train._tokens.sum(dtype='uint64'))
 """

@@ -8,9 +8,10 @@ import pytest
 
 from launch.doctor import probe
 from launch.doctor.checks import Line, check_host, check_together
-from launch.doctor.hosts import question, read_hostfile
+from launch.doctor.remote_probe import question
 from launch.errors import UserError
-from launch.recipe import ROOT
+from launch.paths import ROOT
+from launch.runtime.ssh import read_hostfile
 
 HEALTHY: dict[str, Any] = {
     "clock": 0.0,

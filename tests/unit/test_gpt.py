@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from models.config import GPTConfig
-from models.first_weights import initialize
 from models.gpt import GPT
-from models.tp_ops import cross_entropy
+from models.init_weights import initialize
+from models.parallel.cross_entropy import cross_entropy
 
 VOCAB, CONTEXT, HIDDEN, LAYERS = 96, 32, 48, 3
 TOLERANCE = 1e-5

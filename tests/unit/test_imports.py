@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.recipe import ROOT
+from launch.paths import ROOT
 
 MAY_IMPORT = {
     "models": {"models"},
@@ -37,7 +37,65 @@ def test_imports_run_one_way(file: Path) -> None:
     assert found & MAY_IMPORT.keys() <= MAY_IMPORT[folder]
     if folder == "models":
         # The pipeline is DeepSpeed's; the layers and their cuts are anyone's.
-        assert "deepspeed" not in found or file.stem in ("pipeline", "schedules")
+        assert "deepspeed" not in found or file.stem in ("pipeline", "pipeline_schedules")
+
+
+# The packages of launch/ by floor: a package may import what lies on a lower line, and never its own.
+FLOORS = (
+    ("errors", "paths"),
+    ("ds_json", "deepspeed_patches"),
+    ("config",),
+    ("runtime",),
+    ("data", "checkpoint"),
+    ("training",),
+    ("planner", "parity"),
+    ("perf", "doctor"),
+    ("cluster",),
+    ("train",),
+)
+FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
+
+
+def packages_imported(source: str, package: str) -> set[str]:
+    """The other packages (or modules) of launch/ that a file of `package` imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        parts = [module.split(".") for module in modules]
+        found |= {part[1] for part in parts if part[0] == "launch" and len(part) > 1}
+    return found - {package}
+
+
+LAUNCH_FILES = [file for file in FILES if file.is_relative_to(ROOT / "launch")]
+
+
+@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_packages_of_launch_import_only_lower_floors(file: Path) -> None:
+    package = file.relative_to(ROOT / "launch").with_suffix("").parts[0]
+    if package == "__init__":
+        assert not packages_imported(file.read_text(), package)
+        return
+    for other in packages_imported(file.read_text(), package):
+        assert FLOOR_OF[other] < FLOOR_OF[package], f"{package} imports {other}"
+
+
+def test_every_package_of_launch_has_a_floor_and_says_what_it_holds() -> None:
+    folders = {f.parent.name for f in (ROOT / "launch").glob("*/*.py")}
+    files = {f.stem for f in (ROOT / "launch").glob("*.py")} - {"__init__"}
+    assert folders | files == FLOOR_OF.keys()
+    for folder in folders:
+        says = ast.get_docstring(ast.parse((ROOT / "launch" / folder / "__init__.py").read_text()))
+        assert says and "May import" in says
+
+
+def test_the_floors_see_an_import_of_either_form() -> None:
+    assert packages_imported("import launch.perf.benchmark", "data") == {"perf"}
+    assert packages_imported("def f():\n    from launch import train\n", "data") == {"train"}
+    assert packages_imported("from launch.data.batches import Batches\n", "data") == set()
 
 
 def test_the_check_sees_every_kind_of_import() -> None:
@@ -47,7 +105,10 @@ def test_the_check_sees_every_kind_of_import() -> None:
         imported("from . import engine")
 
 
-@pytest.mark.parametrize("module", ["models.config", "launch.recipe", "launch.layout"])
+@pytest.mark.parametrize(
+    "module",
+    ["models.config", "models.pipeline_stages", "launch.config.load", "launch.config.resolve"],
+)
 def test_planning_needs_no_framework(module: str) -> None:
     heavy = ("torch", "deepspeed", "transformers", "datasets", "matplotlib")
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"

@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from launch import jit
+from launch.deepspeed_patches.startup import skip_shared_memory_op
 from launch.errors import UserError
-from launch.recipe import ROOT
+from launch.paths import ROOT
+from launch.runtime import op_builder as jit
 from tests.ranks import run_ranks
 
 # A stand-in for one of DeepSpeed's ops that compiles in seconds: a builder of DeepSpeed's own kind,
@@ -221,7 +222,7 @@ def start_gloo() -> bool:
     import deepspeed
     import torch
 
-    jit.skip_shared_memory_op()
+    skip_shared_memory_op()
     deepspeed.init_distributed("gloo")
     return torch.distributed.is_initialized()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models.config import SIZES
-from models.first_weights import initialize
 from models.gpt import GPT
+from models.init_weights import initialize
 from models.layerwise import device_map, spread_over
 
 TIED = replace(SIZES["tiny"], hidden=32, ffn=64, layers=5)

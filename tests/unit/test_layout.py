@@ -1,13 +1,14 @@
-"""launch/layout.py: the global batch is the recipe's, whatever the ranks; else one line that helps."""
+"""launch/config/layout.py: the global batch is the recipe's on any number of ranks; else one line."""
 
 import re
 from typing import Any
 
 import pytest
 
+from launch.config.layout import Layout, plan_layout
+from launch.config.load import recipe_from_dict
+from launch.config.schema import Recipe
 from launch.errors import UserError
-from launch.layout import Layout, plan_layout
-from launch.recipe import Recipe, recipe_from_dict
 
 
 def recipe(batch: int, micro: int, **parallel: int) -> Recipe:

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from launch.ds_config import resolve
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe
+from launch.config.resolve import resolve
 from launch.errors import UserError
-from launch.layout import plan_layout
-from launch.recipe import ROOT, load_recipe
+from launch.paths import ROOT
 
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 SEQUENCE = "parallel.sequence=true"

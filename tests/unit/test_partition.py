@@ -9,8 +9,9 @@ import torch
 
 from models.config import SIZES, GPTConfig, count_parameters, parameters_by_layer
 from models.gpt import GPT
-from models.pipeline import layer_specs, stage_bounds
-from models.topology import ONE_RANK
+from models.parallel.topology import ONE_RANK
+from models.pipeline import layer_specs
+from models.pipeline_stages import stage_bounds
 
 TINY, LLAMA = SIZES["tiny"], SIZES["tiny_llama"]
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from launch.errors import UserError
-from launch.recipe import ROOT
+from launch.paths import ROOT
 from tests.ranks import RankDiedError, RanksTimeoutError, run_ranks
 
 

@@ -1,4 +1,4 @@
-"""launch/recipe.py: what a recipe may say, and one helpful line for what it may not."""
+"""launch/config/load.py: what a recipe may say, and one helpful line for what it may not."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from launch.config.load import load_recipe, recipe_from_dict
+from launch.config.schema import GPTModel, HFModel, Recipe
 from launch.errors import UserError
-from launch.recipe import GPTModel, HFModel, Recipe, load_recipe, recipe_from_dict
 
 GOOD = """\
 # A recipe for this test.

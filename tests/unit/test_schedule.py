@@ -1,11 +1,11 @@
-"""launch/schedule.py: warm-up, decay, and nothing that depends on where a run was resumed."""
+"""launch/training/lr_schedule.py: warm-up, decay, and nothing that depends on where a run was resumed."""
 
 from itertools import pairwise
 
 import pytest
 
-from launch.recipe import Schedule
-from launch.schedule import learning_rate_factor
+from launch.config.schema import Schedule
+from launch.training.lr_schedule import learning_rate_factor
 
 
 def factors(schedule: Schedule, steps: int) -> list[float]:

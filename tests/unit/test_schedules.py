@@ -19,8 +19,9 @@ from deepspeed.runtime.pipe.schedule import (
     SendGrad,
 )
 
-from models import schedules
-from models.schedules import SCHEDULES, KeepLoss, TakeLoss, ideal_bubble
+from models import pipeline_schedules as schedules
+from models.pipeline_schedules import SCHEDULES, KeepLoss, TakeLoss
+from models.pipeline_stages import ideal_bubble
 
 SIZES = [(stages, micro_batches) for stages in range(1, 6) for micro_batches in range(1, 9)]
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch import data as module
-from launch.token_file import SplitWriter, TokenFile
+from launch.data import prepare as module
+from launch.data.token_file import SplitWriter, TokenFile
 from tests.unit.test_data import all_ids, make, texts_in, write_rows
 
 
@@ -67,7 +67,7 @@ def test_both_sides_have_a_document_where_there_are_two(tmp_path: Path, share: f
 
 
 def test_moving_a_document_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.token_file.COPY_BYTES", 7)
+    monkeypatch.setattr("launch.data.token_file.COPY_BYTES", 7)
     texts = [f"document {i}" * i for i in range(1, 9)]
     corpus = make(tmp_path, write_rows(tmp_path / "x.jsonl", texts), held_out=1e-9)
     (moved,) = texts_in(corpus.held_out)
@@ -94,9 +94,9 @@ def test_a_large_vocabulary_takes_four_bytes(
 ) -> None:
     source = write_rows(tmp_path / "x.jsonl", ["a", "b"])
     assert make(tmp_path, source).train._tokens.dtype == np.uint16
-    monkeypatch.setattr("launch.tokenizer.ByteTokenizer.vocab_size", 2**16 + 1)
-    monkeypatch.setattr("launch.tokenizer.ByteTokenizer.separator", 2**16)
-    monkeypatch.setattr("launch.tokenizer.ByteTokenizer.identity", "large")
+    monkeypatch.setattr("launch.data.tokenizer.ByteTokenizer.vocab_size", 2**16 + 1)
+    monkeypatch.setattr("launch.data.tokenizer.ByteTokenizer.separator", 2**16)
+    monkeypatch.setattr("launch.data.tokenizer.ByteTokenizer.identity", "large")
     corpus = make(tmp_path, source)
     assert sorted(all_ids(corpus.train) + all_ids(corpus.held_out)) == [97, 98, 2**16, 2**16]
 
@@ -135,7 +135,7 @@ def test_memory_stays_bounded_for_a_long_source(
             seen.append(taken - int(key))  # how far reading is ahead of writing
             super().add(key, ids)
 
-    monkeypatch.setattr("launch.token_file.BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr("launch.data.token_file.BATCH_CHARACTERS", 1000)
     monkeypatch.setattr(module, "documents", lambda *arguments: many())
     monkeypatch.setattr(module, "SplitWriter", Counting)
     corpus = make(tmp_path, write_rows(tmp_path / "x.jsonl", ["unused"]))

@@ -5,8 +5,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from launch.data.tokenizer import load_tokenizer
 from launch.errors import UserError
-from launch.tokenizer import load_tokenizer
 
 TEXT = "def f(x):\n    return x  # naïve 🐍\n"
 
@@ -130,7 +130,7 @@ def test_a_hub_name_that_cannot_be_loaded_is_one_line() -> None:
 def test_a_hub_tokenizer_gives_what_its_file_gives(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    from launch.tokenizer import HubTokenizer
+    from launch.data.tokenizer import HubTokenizer
 
     backend = train_tokenizer(tmp_path / "tokenizer.json", ["<|endoftext|>"])
     PreTrainedTokenizerFast(

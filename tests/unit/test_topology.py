@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-from models.topology import ONE_RANK, Grid, TensorParallel, Topology
+from models.parallel.topology import ONE_RANK, Grid, TensorParallel, Topology
 from tests.ranks import run_ranks
 
 SHAPES = list(product((1, 2, 3, 4), repeat=3))

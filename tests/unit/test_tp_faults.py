@@ -16,9 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import gpt, tp_layers, tp_ops
-from models.tp_layers import RowParallelLinear, Shard
-from models.tp_ops import reduce_from_group
+from models import gpt
+from models.parallel import collectives as tp_ops
+from models.parallel import tensor_parallel as tp_layers
+from models.parallel.collectives import reduce_from_group
+from models.parallel.cross_entropy import vocab_parallel_cross_entropy
+from models.parallel.tensor_parallel import RowParallelLinear, Shard
 from tests.ranks import run_ranks
 from tests.unit.tp_cases import (
     FAMILIES,
@@ -100,7 +103,7 @@ def no_mask() -> AbstractContextManager[object]:
 def words_of_padding(logits: Tensor, labels: Tensor, vocab: int, group: tp_ops.Group) -> Tensor:
     """Columns that pad the vocabulary are words like others."""
     width = logits.shape[-1] * tp_ops.group_size(group)
-    return tp_ops.vocab_parallel_cross_entropy(logits, labels, width, group)
+    return vocab_parallel_cross_entropy(logits, labels, width, group)
 
 
 def several(*patches: AbstractContextManager[object]) -> AbstractContextManager[object]:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.first_weights import initialize
 from models.gpt import GPT
-from models.tp_layers import Shard
+from models.init_weights import initialize
+from models.parallel.tensor_parallel import Shard
 from tests.collectives import Traffic
 from tests.ranks import run_ranks
 from tests.unit.tp_cases import (

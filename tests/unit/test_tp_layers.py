@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.tp_layers import (
+from models.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     Shard,

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import tp_ops
-from models.tp_ops import vocab_parallel_cross_entropy
+from models.parallel import collectives as tp_ops
+from models.parallel.cross_entropy import vocab_parallel_cross_entropy
 from tests.collectives import Traffic
 from tests.ranks import run_ranks
 from tests.unit.tp_cases import apart, of_all_ranks, start

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models import gpt, tp_random
+from models import gpt
 from models.gpt import GPT
-from models.tp_random import dropout, own_generator
+from models.parallel import rng as tp_random
+from models.parallel.rng import dropout, own_generator
 from tests.ranks import run_ranks
 from tests.unit.tp_cases import (
     GPT2,

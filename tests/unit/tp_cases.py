@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.config import GPTConfig
-from models.first_weights import initialize
 from models.gpt import GPT
-from models.topology import Grid, TensorParallel, Topology
-from models.tp_layers import (
+from models.init_weights import initialize
+from models.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     Shard,
     VocabParallelEmbedding,
 )
+from models.parallel.topology import Grid, TensorParallel, Topology
 
 Distances = dict[str, float]
 

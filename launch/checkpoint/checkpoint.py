@@ -1,0 +1,209 @@
+"""Save and resume, exactly: a resumed run ends bit for bit like one that was never killed.
+
+DeepSpeed writes weights and optimizer. Beside it lie each rank's random generators. The data needs
+no state: the step alone says what the next global batch holds. A checkpoint is written under a name
+that nobody reads, listed with the size of each file in a manifest, and renamed: what carries the
+name `step_...` was complete when it got it.
+"""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from launch.checkpoint.manifest import MANIFEST
+from launch.config.layout import Layout
+from launch.config.schema import Recipe
+from launch.deepspeed_patches.nvme_checkpoint import (
+    is_swapped,
+    load_all_but_swapped,
+    load_swapped,
+    save_swapped,
+    without_copied_swap_files,
+)
+from launch.errors import UserError
+from launch.runtime.process_group import Ranks
+from launch.runtime.rng import generator_states, set_generator_states
+from launch.runtime.run_dir import RunFolder
+
+# What may change between a save and the resumed run; anything else would be another run.
+MAY_CHANGE = {
+    "name",
+    "run",
+    "checkpoint",
+    "train.steps",
+    "train.eval_every",
+    "train.eval_batches",
+    "data.cache_dir",
+    # Where swap files lie: a checkpoint holds what was in them.
+    "deepspeed.zero_optimization.offload_optimizer.nvme_path",
+    "deepspeed.zero_optimization.offload_param.nvme_path",
+    # These follow from the recipe and the ranks, which are compared by themselves.
+    "deepspeed.train_batch_size",
+    "deepspeed.train_micro_batch_size_per_gpu",
+    "deepspeed.gradient_accumulation_steps",
+}
+
+
+def identity(
+    recipe: Recipe, ds_config: dict[str, Any], layout: Layout, corpus: str
+) -> dict[str, Any]:
+    """What a run and its continuation have in common; it goes into each checkpoint's manifest.
+
+    `ds_config` is the resolved JSON, and `corpus` the fingerprint of the tokens.
+    """
+    return {
+        "world_size": layout.world_size,
+        "recipe": recipe.model_dump(mode="json", exclude={"deepspeed"}),
+        "deepspeed": ds_config,
+        "corpus": corpus,
+    }
+
+
+def save(
+    engine: DeepSpeedEngine,
+    run: RunFolder,
+    step: int,
+    keep: int,
+    run_identity: dict[str, Any],
+    ranks: Ranks,
+) -> Path:
+    """Write `checkpoints/step_<step>` and remove all but the newest `keep`. Every rank must call.
+
+    `step` counts finished steps. Checkpoints of later steps go too: they are of a run that ended
+    when this one was started from an earlier checkpoint of it.
+
+    Raises:
+        UserError: where the disk is full or not writable. Earlier checkpoints stay as they are.
+    """
+    unfinished = run.checkpoints / f".saving_{step:08d}"
+    final = run.checkpoints / f"step_{step:08d}"
+    try:
+        if ranks.first:
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            for left_over in run.checkpoints.glob(".saving_*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+        dist.barrier()
+        if is_swapped(engine):
+            with without_copied_swap_files(engine):
+                engine.save_checkpoint(str(run.checkpoints), tag=unfinished.name, save_latest=False)
+            save_swapped(engine, unfinished, ranks.rank)
+        else:
+            engine.save_checkpoint(str(run.checkpoints), tag=unfinished.name, save_latest=False)
+        torch.save(generator_states(), unfinished / f"generators_rank{ranks.rank:04d}.pt")
+        dist.barrier()
+        if ranks.first:
+            files = {
+                str(f.relative_to(unfinished)): f.stat().st_size
+                for f in unfinished.rglob("*")
+                if f.is_file()
+            }
+            manifest = {"step": step, **run_identity, "files": files}
+            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2))
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+            found = sorted(run.checkpoints.glob("step_*"))
+            place = found.index(final)
+            for old in (*found[: max(place + 1 - keep, 0)], *found[place + 1 :]):
+                shutil.rmtree(old)
+        dist.barrier()
+    except (OSError, RuntimeError) as error:
+        raise _as_user_error(error, unfinished, step) from error
+    return final
+
+
+def _as_user_error(error: Exception, unfinished: Path, step: int) -> Exception:
+    # torch.save wraps a full disk into a RuntimeError of its zip writer.
+    writing = isinstance(error, OSError) or any(
+        w in str(error) for w in ("PytorchStreamWriter", "iostream", "unexpected pos")
+    )
+    if not writing:
+        return error
+    folder = unfinished.parent
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    shutil.rmtree(unfinished, ignore_errors=True)
+    reason = error.strerror if isinstance(error, OSError) else "torch.save could not go on"
+    return UserError(
+        f"checkpoint of step {step}: cannot write to {folder} ({free:.1f} GiB free): {reason}; "
+        "make room, then go on with --resume auto"
+    )
+
+
+def check(checkpoint: Path, run_identity: dict[str, Any], steps: int) -> int:
+    """The finished steps of a checkpoint that the run of `run_identity` may go on from.
+
+    Raises:
+        UserError: where another recipe, JSON, number of ranks or corpus saved it, or where it is
+            past the `steps` of the run.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    before, now = manifest["world_size"], run_identity["world_size"]
+    if before != now:
+        raise UserError(
+            f"--resume: {checkpoint} was saved by {before} ranks, and these are {now}; "
+            f"start {before} ranks"
+        )
+    changed = _differences(manifest["recipe"], run_identity["recipe"])
+    changed += _differences(manifest["deepspeed"], run_identity["deepspeed"], "deepspeed.")
+    if changed:
+        raise UserError(
+            f"--resume: {checkpoint} was saved by another recipe: {'; '.join(changed)}; "
+            "set these back, or start a new run"
+        )
+    if manifest["corpus"] != run_identity["corpus"]:
+        raise UserError(
+            f"--resume: the training text is not the one that {checkpoint} was trained on "
+            "(its files, or the Python that it comes with, have changed); start a new run"
+        )
+    step = int(manifest["step"])
+    if step > steps:
+        raise UserError(
+            f"--resume: {checkpoint} has finished step {step}, past train.steps={steps}; "
+            "raise train.steps, or resume from an earlier checkpoint"
+        )
+    return step
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    changed = []
+    for key in sorted({*before, *now}):
+        path, old, new = f"{prefix}{key}", before.get(key), now.get(key)
+        if path in MAY_CHANGE or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += _differences(old, new, f"{path}.")
+        else:
+            changed.append(f"{path} was {old!r} and is {new!r}")
+    return changed
+
+
+def load(engine: DeepSpeedEngine, checkpoint: Path, ranks: Ranks) -> None:
+    """Bring engine and generators to where `checkpoint` was saved. `check` it first.
+
+    Raises:
+        UserError: where its files cannot be read, though each has its size.
+    """
+    generators = checkpoint / f"generators_rank{ranks.rank:04d}.pt"
+    try:
+        if is_swapped(engine):
+            loaded = load_all_but_swapped(engine, checkpoint)
+            load_swapped(engine, checkpoint, ranks.rank)
+            engine.optimizer.checkpoint_event_epilogue()
+        else:
+            loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if loaded is None:
+            raise UserError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")
+        set_generator_states(torch.load(generators, weights_only=False))
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise UserError(
+            f"--resume: {checkpoint} cannot be read ({str(error).splitlines()[0]}); remove it and "
+            "go on from an earlier one"
+        ) from error

@@ -1,0 +1,112 @@
+"""Whole weights under their canonical names, out of any layout."""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from launch.deepspeed_patches.autotp import merged, whole_shape
+from models.gpt import GPT
+from models.parallel.tensor_parallel import Shard
+from models.pipeline import GPTPipeline
+
+if TYPE_CHECKING:
+    from models.hf import HFCausalLM
+
+
+def canonical_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the name under which they are stored: tied ones once, no wrapper's prefix.
+
+    Of a pipeline stage, those that this rank holds, by their names in the whole model.
+    """
+    if isinstance(model, GPTPipeline):
+        return dict(model.canonical_parameters())
+    inner: Any = model.model if is_hf(model) else model
+    return dict(inner.named_parameters())
+
+
+def is_hf(model: nn.Module) -> "TypeGuard[HFCausalLM]":
+    """Whether a model is transformers' own, in our wrapper.
+
+    Where it is, `models.hf` is loaded already; importing it here would cost every other run the
+    seconds that transformers takes.
+    """
+    hf = sys.modules.get("models.hf")
+    return hf is not None and isinstance(model, hf.HFCausalLM)
+
+
+def full_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
+    """Each whole parameter in fp32 (the master weight, where one is kept), one at a time.
+
+    Every rank must run through all of it: each item is a collective where ZeRO, tensor or pipeline
+    parallelism has cut the model. The order is that of the model on one device.
+    """
+    masters: dict[int, Tensor] = {}
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        for weights, kept in zip(
+            engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True
+        ):
+            masters |= {id(weight): master for weight, master in zip(weights, kept, strict=True)}
+
+    def local(parameter: nn.Parameter) -> Tensor:
+        master = masters.get(id(parameter))
+        if master is None:
+            master = safe_get_full_fp32_param(parameter)
+        whole = (parameter if master is None else master).detach().float()
+        shard: Shard | None = getattr(parameter, "shard", None)
+        if shard is None:
+            return merged(engine, parameter, whole)
+        group = _tensor_group(engine)
+        shards = [torch.empty_like(whole) for _ in range(shard.size)]
+        dist.all_gather(shards, whole.contiguous(), group=group)
+        return shard.merge(shards)
+
+    held = canonical_names(engine.module)
+    if isinstance(engine, PipelineEngine):
+        yield from _over_stages(engine, held, local)
+    else:
+        for name, parameter in held.items():
+            yield name, local(parameter)
+
+
+def _tensor_group(engine: DeepSpeedEngine) -> dist.ProcessGroup:
+    module = engine.module
+    group = module.tp_group if isinstance(module, GPTPipeline) else module.tp.group
+    assert group is not None
+    return group
+
+
+def _over_stages(
+    engine: PipelineEngine,
+    held: dict[str, nn.Parameter],
+    local: Callable[[nn.Parameter], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter from the first stage that holds it, to all stages."""
+    grid = engine.grid
+    group = grid.get_pipe_parallel_group()
+    holders: list[list[str]] = [[] for _ in range(engine.num_stages)]
+    dist.all_gather_object(holders, list(held), group=group)
+    for name, shape in whole_shapes(engine.module).items():
+        stage = next(s for s, names in enumerate(holders) if name in names)
+        if engine.stage_id == stage:
+            whole = local(held[name]).contiguous()
+        else:
+            whole = torch.empty(shape, device=engine.device)
+        dist.broadcast(whole, grid.stage_to_global(stage), group=group)
+        yield name, whole
+
+
+def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the whole model by its canonical name, in its order."""
+    if isinstance(model, GPT | GPTPipeline):
+        with torch.device("meta"):
+            whole = GPT(model.config)
+        return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    return {name: whole_shape(parameter) for name, parameter in canonical_names(model).items()}

@@ -1,0 +1,34 @@
+"""The manifest of a checkpoint: its files and sizes, and whether they are all there."""
+
+import json
+from pathlib import Path
+
+from launch.runtime.run_dir import RunFolder
+
+MANIFEST = "manifest.json"
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None where each file has its recorded size."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"no readable {MANIFEST}"
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def newest_complete(run: RunFolder) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a line for each newer one that is damaged."""
+    refused: list[str] = []
+    for candidate in sorted(run.checkpoints.glob("step_*"), reverse=True):
+        wrong = damage(candidate)
+        if wrong is None:
+            return candidate, refused
+        refused.append(f"{candidate.name}: {wrong}")
+    return None, refused

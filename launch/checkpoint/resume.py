@@ -1,0 +1,94 @@
+"""Where a run starts: a new folder, or the newest complete checkpoint."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.checkpoint.manifest import MANIFEST, damage, newest_complete
+from launch.config.schema import Recipe
+from launch.errors import UserError
+from launch.paths import ROOT
+from launch.runtime.run_dir import RunFolder, new_folder
+
+
+@dataclass(frozen=True)
+class Start:
+    """The folder to write to, the checkpoint to go on from (None: step 0), and why, in a line."""
+
+    folder: RunFolder
+    checkpoint: Path | None
+    message: str
+
+
+def choose_start(recipe: Recipe, resume: str | None) -> Start:
+    """Where this run writes and starts; `resume` is None, "auto", or a run's or checkpoint's path.
+
+    Raises:
+        UserError: where the path holds no complete checkpoint, where the folder already holds a
+            run that is not to be resumed, or where all of its checkpoints are damaged.
+    """
+    parent = ROOT / "runs" / recipe.name
+    fixed = RunFolder(Path(recipe.run.dir).expanduser().absolute()) if recipe.run.dir else None
+    if resume is None:
+        if fixed and fixed.metrics.exists():
+            raise UserError(
+                f"run.dir: {fixed.path} already holds a run; go on with it by --resume auto, "
+                "or name another folder"
+            )
+        fresh = fixed or RunFolder(new_folder(parent))
+        return Start(fresh, None, f"a new run in {fresh.path}")
+    if resume != "auto":
+        start = _start_at_path(Path(resume).expanduser().absolute())
+        if fixed and fixed.path.resolve() != start.folder.path.resolve():
+            raise UserError(
+                f"--resume: it names a run in {start.folder.path}, and run.dir is {fixed.path}; "
+                "leave one of the two out"
+            )
+        return start
+    runs = [fixed] if fixed else [RunFolder(p) for p in sorted(parent.glob("*"), reverse=True)]
+    passed_over: list[str] = []
+    for run in runs:
+        found, refused = newest_complete(run)
+        if found:
+            return Start(run, found, _describe(found, [*passed_over, *refused]))
+        if refused:
+            raise UserError(
+                f"--resume auto: every checkpoint of {run.path} is damaged ({'; '.join(refused)}); "
+                "remove the folder to start from step 0"
+            )
+        unfinished = [path.name for path in run.checkpoints.glob(".saving_*")]
+        if run.metrics.exists() or unfinished:
+            passed_over.append(f"{run.path.name}: {', '.join(unfinished) or 'no checkpoint'}")
+    where = fixed.path if fixed else parent
+    fresh = fixed or RunFolder(new_folder(parent))
+    seen = f" (passed over {'; '.join(passed_over)})" if passed_over else ""
+    message = f"no complete checkpoint under {where}{seen}: starting at step 0 in {fresh.path}"
+    return Start(fresh, None, message)
+
+
+def _start_at_path(path: Path) -> Start:
+    if not path.is_dir():
+        raise UserError(f"--resume: there is no folder {path}; give a run's or a checkpoint's")
+    if path.name.startswith("step_") or (path / MANIFEST).exists():
+        wrong = damage(path)
+        if wrong:
+            raise UserError(
+                f"--resume: {path} is not a complete checkpoint: {wrong}; name another one, or the "
+                "run's folder for its newest complete one"
+            )
+        return Start(RunFolder(path.parent.parent), path, _describe(path, []))
+    run = RunFolder(path)
+    found, refused = newest_complete(run)
+    if not found:
+        reasons = "; ".join(refused) or "none was saved"
+        raise UserError(
+            f"--resume: {path} has no complete checkpoint ({reasons}); name another run's folder, "
+            "or start a new run without --resume"
+        )
+    return Start(run, found, _describe(found, refused))
+
+
+def _describe(checkpoint: Path, refused: list[str]) -> str:
+    step = json.loads((checkpoint / MANIFEST).read_text())["step"]
+    passed_over = f" (passed over {'; '.join(refused)})" if refused else ""
+    return f"resuming after step {step} from {checkpoint}{passed_over}"

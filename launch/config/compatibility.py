@@ -1,0 +1,155 @@
+"""Which layouts a model can take: refused when the recipe is read, with the nearest one that works."""
+
+from typing import TYPE_CHECKING, Any
+
+from launch.errors import UserError
+from models.config import GPTConfig
+
+if TYPE_CHECKING:
+    from launch.config.layout import Layout
+    from launch.config.schema import Recipe
+
+
+def check_parallel(recipe: "Recipe") -> None:
+    """What the recipe alone decides: the model's sizes against the degrees of parallelism.
+
+    Raises:
+        UserError: naming the key, the reason and the nearest layout.
+    """
+    parallel = recipe.parallel
+    if parallel.pipeline == 1:
+        for key, default in (("schedule", "1f1b"), ("partition", "parameters")):
+            if getattr(parallel, key) != default:
+                raise UserError(
+                    f"parallel.{key}: it orders a pipeline, and parallel.pipeline is 1; set that to "
+                    "the number of stages, or take the key out"
+                )
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError(
+            "parallel.sequence: it cuts along the sequence over the tensor ranks, and parallel.tensor "
+            "is 1; set that to 2 or more, or take the key out"
+        )
+    if parallel.tensor > 1 and recipe.train.compile:
+        raise UserError(
+            "train.compile: the collectives between tensor ranks cut the compiled graph to pieces, and "
+            "it is slower than without (models/README.md has the numbers); use train.compile=false"
+        )
+    if recipe.model.family == "hf":
+        _check_hf(recipe)
+        return
+    config = recipe.model.gpt_config()
+    if not _divides(config, parallel.tensor):
+        fitting = [n for n in range(1, config.heads + 1) if _divides(config, n)]
+        near = sorted(fitting, key=lambda n: abs(n - parallel.tensor))[:2]
+        raise UserError(
+            f"parallel.tensor: {parallel.tensor} ranks do not divide the model's {config.heads} heads, "
+            f"{config.kv_heads} key/value heads of {config.head_dim}, and ffn of {config.ffn}; "
+            f"use {' or '.join(str(n) for n in sorted(near))}"
+        )
+    if parallel.pipeline > config.layers:
+        raise UserError(
+            f"parallel.pipeline: {parallel.pipeline} stages are more than the model's {config.layers} "
+            f"layers; use {config.layers} or fewer"
+        )
+    if parallel.sequence and recipe.data.sequence_length % parallel.tensor:
+        length = recipe.data.sequence_length // parallel.tensor * parallel.tensor
+        raise UserError(
+            f"parallel.sequence: {parallel.tensor} tensor ranks do not divide data.sequence_length "
+            f"{recipe.data.sequence_length}; use {length}, or parallel.sequence=false"
+        )
+
+
+def _divides(config: GPTConfig, tensor: int) -> bool:
+    if config.heads % tensor or config.ffn % tensor:
+        return False
+    if tensor <= config.kv_heads:
+        return config.kv_heads % tensor == 0
+    # Ranks that share a key/value head cut its rows among them.
+    return tensor % config.kv_heads == 0 and config.head_dim % (tensor // config.kv_heads) == 0
+
+
+def _check_hf(recipe: "Recipe") -> None:
+    parallel = recipe.parallel
+    if parallel.pipeline > 1:
+        raise UserError(
+            "parallel.pipeline: stages are made of our own blocks, and model.family is hf; "
+            "use parallel.tensor, or a ds_configs/zero3*.json, which cuts any model over the ranks"
+        )
+    if parallel.sequence:
+        raise UserError(
+            "parallel.sequence: DeepSpeed's AutoTP, which cuts models of family hf, leaves the sequence "
+            "whole; take the key out"
+        )
+
+
+def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout") -> None:
+    """What the recipe and the resolved JSON decide together.
+
+    Raises:
+        UserError: naming the key, the reason and the nearest layout.
+    """
+    if layout.tensor > 1:
+        _check_tensor(config)
+    if layout.pipeline > 1:
+        _check_pipeline(recipe, config, layout)
+
+
+def _check_tensor(config: dict[str, Any]) -> None:
+    if "tensor_parallel" in config:
+        raise UserError(
+            "tensor_parallel: the recipe's parallel.tensor decides it; take the block out of the JSON"
+        )
+    zero = config.get("zero_optimization", {})
+    for key, without in (("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False)):
+        if zero.get(key, without) != without:
+            raise UserError(
+                f"zero_optimization.{key}: it makes groups of neighbouring ranks, and those hold "
+                "different shards with parallel.tensor above 1; take the key out"
+            )
+
+
+def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") -> None:
+    from models.pipeline_stages import stage_bounds
+
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    if stage > 1:
+        raise UserError(
+            f"parallel.pipeline: DeepSpeed runs a pipeline with ZeRO-0 or 1, and this is stage {stage}: "
+            "gradients have to be whole until all micro batches are through; use "
+            f"deepspeed.config=ds_configs/zero1.json, or parallel.pipeline=1"
+        )
+    low = next((n for n in ("bf16", "fp16") if config.get(n, {}).get("enabled")), None)
+    if stage == 0 and low:
+        raise UserError(
+            f"{low}.enabled: a pipeline at ZeRO stage 0 would add up gradients in {low}; use "
+            "deepspeed.config=ds_configs/zero1.json, or torch_autocast"
+        )
+    settings = config.get("pipeline", {})
+    if settings.get("activation_checkpoint_interval"):
+        raise UserError(
+            "pipeline.activation_checkpoint_interval: use model.checkpoint_activations, which does it "
+            "in every layout"
+        )
+    # Both default to whether there are tensor ranks.
+    cut = [
+        bool(settings.get(k, layout.tensor > 1)) for k in ("pipe_partitioned", "grad_partitioned")
+    ]
+    if cut[0] != cut[1] and not recipe.parallel.sequence:
+        raise UserError(
+            "pipeline: with pipe_partitioned and grad_partitioned unequal, DeepSpeed stops or hangs; "
+            "set both to the same value, or take both out"
+        )
+    if recipe.parallel.sequence:
+        for key in ("pipe_partitioned", "grad_partitioned"):
+            if settings.get(key):
+                raise UserError(
+                    f"pipeline.{key}: with parallel.sequence, what stages send is cut over the tensor "
+                    "ranks already; take the key out"
+                )
+    model: Any = recipe.model
+    try:
+        stage_bounds(model.gpt_config(), layout.pipeline, recipe.parallel.partition)
+    except ValueError as error:
+        raise UserError(
+            f"parallel.partition: {error}; use parameters, uniform or type:block, or fewer stages"
+        ) from None

@@ -1,0 +1,167 @@
+"""The schema of a recipe: frozen, validated blocks; an unknown key is an error."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from launch.errors import UserError, nearest_or_all
+from models.config import SIZES, GPTConfig, with_changes
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class GPTModel(_Block):
+    """Our own decoder: a size from the table, fields of `GPTConfig`, or both (fields win)."""
+
+    family: Literal["gpt"] = "gpt"
+    size: str | None = None
+    layers: PositiveInt | None = None
+    hidden: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    ffn: PositiveInt | None = None
+    vocab: PositiveInt | None = None
+    context: PositiveInt | None = None
+    position: Literal["learned", "rope"] | None = None
+    rope_theta: float | None = None
+    norm: Literal["layernorm", "rmsnorm"] | None = None
+    norm_eps: float | None = None
+    mlp: Literal["gelu", "swiglu"] | None = None
+    bias: bool | None = None
+    qk_norm: bool | None = None
+    tied: bool | None = None
+    dropout: float | None = None
+    init_std: float | None = None
+    checkpoint_activations: bool = False
+
+    def gpt_config(self) -> GPTConfig:
+        """The model's shape.
+
+        Raises:
+            UserError: for an unknown size, or sizes that contradict each other.
+        """
+        given = self.model_dump(exclude={"family", "size", "checkpoint_activations"})
+        changes = {name: value for name, value in given.items() if value is not None}
+        if self.size is not None and self.size not in SIZES:
+            raise UserError(
+                f"model.size: '{self.size}' is not known;{nearest_or_all(self.size, SIZES)}"
+            )
+        try:
+            if self.size is not None:
+                return with_changes(SIZES[self.size], changes)
+            return GPTConfig(**changes)
+        except TypeError:
+            needed = [
+                n for n in ("layers", "hidden", "heads", "vocab", "context") if not changes.get(n)
+            ]
+            raise UserError(f"model: give size, or all of: {', '.join(needed)}") from None
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
+
+
+class HFModel(_Block):
+    """Any causal language model of transformers, on the same engine.
+
+    `path` is a folder or a Hub name with a config.json (weights are loaded where `pretrained`), or
+    a config.json itself. `changes` replaces single values of that config, for example to shrink it.
+    """
+
+    family: Literal["hf"]
+    path: str
+    pretrained: bool = False
+    changes: dict[str, Any] = {}
+    checkpoint_activations: bool = False
+
+
+class Data(_Block):
+    """Where the text comes from, and how it becomes tokens: `launch/data/prepare.py`."""
+
+    source: str | list[str] = "python-stdlib"
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    streaming: bool = False
+    tokenizer: str = "bytes"
+    sequence_length: PositiveInt
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
+    cache_dir: str | None = None
+
+
+class Parallel(_Block):
+    """Degrees of model parallelism; the data parallel size is what remains of the ranks.
+
+    `sequence` is Megatron's sequence parallelism, over the tensor ranks. `schedule` orders the
+    passes of a pipeline (`models/pipeline_schedules.py`), and `partition` says where its layers are cut:
+    parameters, uniform or type:REGEX (`models/pipeline.py`).
+    """
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    sequence: bool = False
+    schedule: Literal["1f1b", "gpipe", "naive"] = "1f1b"
+    partition: str = "parameters"
+
+
+class Schedule(_Block):
+    """The factor on the JSON's learning rate: linear warm-up, then a decay to `min_ratio`."""
+
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+
+
+class Train(_Block):
+    """How long, how large a batch, and from which seed. Batch sizes count sequences."""
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    seed: Annotated[int, Field(ge=0)] = 1234
+    schedule: Schedule = Schedule()
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    eval_batches: PositiveInt = 8
+    compile: bool = False
+
+
+class Checkpoint(_Block):
+    """Save every `every` steps (0: never) and keep the newest `keep` of them."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    keep: PositiveInt = 2
+
+
+class Run(_Block):
+    """Where a run writes, and which trackers beside metrics.jsonl it writes to."""
+
+    dir: str | None = None
+    tensorboard: bool = True
+    wandb: str | None = None
+    sample_prompt: str = "def "
+    sample_tokens: Annotated[int, Field(ge=0)] = 300
+
+
+class Recipe(_Block):
+    """Everything that a run depends on. `name` is the file's stem."""
+
+    name: str
+    model: Annotated[GPTModel | HFModel, Field(discriminator="family")]
+    data: Data
+    parallel: Parallel = Parallel()
+    train: Train
+    deepspeed: dict[str, Any]
+    checkpoint: Checkpoint = Checkpoint()
+    run: Run = Run()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults_to_gpt(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("model"), dict):
+            values["model"].setdefault("family", "gpt")
+        return values
+
+    def on_one_device(self) -> "Recipe":
+        """The same training without model parallelism, for the reference."""
+        return self.model_copy(update={"parallel": Parallel()})

@@ -1,0 +1,193 @@
+"""Text to tokens on disk, once; tokens to batches, as a function of (seed, step) alone.
+
+`prepare` writes two flat files of token ids, train and held-out, and every later run maps them into
+memory. `Batches` says which sequences make up a step, and which of them a rank gets.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import EACCES, EDQUOT, EEXIST, ENOSPC, ENOTDIR, EPERM, EROFS
+from pathlib import Path
+from platform import python_version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from launch.config.schema import Data, Recipe
+from launch.data.sources import STDLIB, SourceFile, documents, local_files
+from launch.data.token_file import SplitWriter, TokenFile, write_documents
+from launch.data.tokenizer import Tokenizer, load_tokenizer
+from launch.errors import UserError
+from launch.paths import ROOT
+
+if TYPE_CHECKING:
+    pass
+
+FORMAT = 1  # raise it when the same settings come to mean other tokens
+TRAIN, HELD_OUT, META = "train.bin", "held_out.bin", "meta.json"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenised source. `documents` and `text_bytes` (UTF-8) count train and held-out together."""
+
+    train: TokenFile
+    held_out: TokenFile
+    tokenizer: Tokenizer
+    folder: Path
+    documents: int
+    text_bytes: int
+
+
+def tokens_needed(recipe: Recipe) -> int:
+    """The train tokens that a run reads if it reads none twice."""
+    sequences = recipe.train.steps * recipe.train.global_batch_size
+    return sequences * recipe.data.sequence_length + 1
+
+
+def prepare(data: Data, *, tokens_needed: int, say: Callable[[str], None] = print) -> Corpus:
+    """Tokenise a source unless that is done already, and open the result.
+
+    Safe to call from every rank at once, before there is a process group: one builds under a file
+    lock, the others wait. The result appears under its final name when it is complete, so that a
+    builder killed half-way leaves nothing that misleads.
+
+    The cache is keyed by all that the tokens depend on, changed files included. What a Hub name
+    stands for is not looked up again: delete the folder to fetch a data set anew.
+
+    Args:
+        data: the recipe's block.
+        tokens_needed: where a streamed source is cut off, in train tokens; see `tokens_needed()`.
+            Other sources are taken whole.
+        say: receives a line where there is something to tell.
+
+    Raises:
+        UserError: for a source or tokenizer that cannot be read, too little text, or a cache folder
+            that is full or not writable.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+    files = local_files(data)
+    limit = tokens_needed if data.streaming and data.source != STDLIB else None
+    cache = (
+        ROOT / ".cache" / "data" if data.cache_dir is None else Path(data.cache_dir).expanduser()
+    )
+    folder = cache / _fingerprint(data, tokenizer, files, limit)
+    with _disk_errors(cache):
+        meta = _read_meta(folder)
+        if meta is None:
+            cache.mkdir(parents=True, exist_ok=True)
+            with _locked(folder, say):
+                # Another rank may have been first.
+                meta = _read_meta(folder) or _build(data, tokenizer, files, limit, folder, say)
+    train, held_out = (TokenFile(folder / name, meta["dtype"]) for name in (TRAIN, HELD_OUT))
+    return Corpus(train, held_out, tokenizer, folder, meta["documents"], meta["text_bytes"])
+
+
+def _fingerprint(
+    data: Data, tokenizer: Tokenizer, files: list[SourceFile] | None, limit: int | None
+) -> str:
+    settings = data.model_dump(exclude={"sequence_length", "cache_dir", "tokenizer", "streaming"})
+    content: Any = None
+    if data.source == STDLIB:
+        # No times of change: every machine with this Python has these tokens under this name.
+        content = [python_version(), [(f.key, f.path.stat().st_size) for f in files or []]]
+    elif files is not None:
+        stats = [(file.key, file.path.stat()) for file in files]
+        content = [(key, stat.st_size, stat.st_mtime_ns) for key, stat in stats]
+        del settings["source"]  # the files say it
+    parts = [FORMAT, settings, tokenizer.identity, limit, content]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """What is known of a complete cache; None where it is absent or damaged."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / META).read_text())
+        item = np.dtype(meta["dtype"]).itemsize
+        sizes = [(folder / name).stat().st_size for name in (TRAIN, HELD_OUT)]
+        return meta if sizes == [meta["train"] * item, meta["held_out"] * item] else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    lock = FileLock(folder.with_suffix(".lock"))  # the kernel drops it with its holder
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process to tokenise into {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _disk_errors(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or cache
+        if error.errno in (ENOSPC, EDQUOT):
+            problem = f"no space left for {where}; free some"
+        elif error.errno in (EACCES, EPERM, EROFS, EEXIST, ENOTDIR):
+            problem = f"cannot use {where} ({error.strerror}); it has to be a writable folder"
+        else:
+            raise
+        raise UserError(f"data.cache_dir: {problem}, or name another folder") from error
+
+
+def _build(
+    data: Data,
+    tokenizer: Tokenizer,
+    files: list[SourceFile] | None,
+    limit: int | None,
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    if folder.exists():
+        say(f"{folder} is damaged: tokenising again")
+    building = folder.with_suffix(".building")
+    shutil.rmtree(building, ignore_errors=True)  # of a builder that was killed
+    building.mkdir()
+    # Tokens replace the library's copy of local files; what came from the Hub is worth keeping.
+    copies = folder.parent / "hub" if files is None else building / "copies"
+    try:
+        writer = SplitWriter(
+            building / TRAIN, building / HELD_OUT, data.held_out, tokenizer.vocab_size
+        )
+        try:
+            text_bytes = write_documents(writer, documents(data, files, copies), tokenizer, limit)
+            count = writer.train.documents + writer.held_out.documents
+            if not count:
+                raise UserError(f"data.source: there is no text in {data.source}")
+            writer.finish()
+        finally:
+            writer.close()
+        meta = {
+            "source": data.source,
+            "tokenizer": tokenizer.name,
+            "dtype": writer.dtype.name,
+            "train": writer.train.tokens,
+            "held_out": writer.held_out.tokens,
+            "documents": count,
+            "text_bytes": text_bytes,
+        }
+        (building / META).write_text(json.dumps(meta, indent=2) + "\n")
+        shutil.rmtree(building / "copies", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    say(
+        f"tokenised {count:,} documents ({text_bytes / 1e6:,.1f} MB) into {meta['train']:,} train "
+        f"and {meta['held_out']:,} held-out tokens: {folder}"
+    )
+    return meta

@@ -1,0 +1,54 @@
+"""Other hosts: which there are, and a command on one of them, by ssh, with its failures in words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.doctor.checks import Line
+from launch.runtime.ssh import run_on_host
+
+
+def question(
+    checkout: Path, token: Path | None = None, port: int | None = None, folder: Path | None = None
+) -> str:
+    """The probe's argument."""
+    return json.dumps(
+        {
+            "checkout": str(checkout),
+            "token": str(token) if token else None,
+            "port": port,
+            "folder": str(folder) if folder else None,
+        }
+    )
+
+
+def facts_of_host(
+    host: str,
+    python: str,
+    checkout: Path,
+    token: Path | None = None,
+    port: int | None = None,
+    folder: Path | None = None,
+    timeout: float = 30,
+) -> dict[str, Any]:
+    """What the probe finds on another host; it travels with the question, and needs no checkout there.
+
+    Raises:
+        UserError: as `run_on_host`.
+    """
+    probe = Path(__file__).with_name("probe.py").read_text()
+    asked = question(checkout, token, port, folder)
+    answer = run_on_host(host, [python, "-", asked], stdin=probe, timeout=timeout)
+    found: dict[str, Any] = json.loads(answer.strip().splitlines()[-1])
+    return found
+
+
+def framework_of_host(host: str, python: str, checkout: Path, timeout: float = 60) -> list[Line]:
+    """What torch and the cache of compiled ops are like on another host, from its own checkout.
+
+    Raises:
+        UserError: as `run_on_host`.
+    """
+    command = ["env", "-C", str(checkout), python, "-m", "launch.doctor.torch_check", host]
+    answer = run_on_host(host, command, timeout=timeout)
+    return [Line(**line) for line in json.loads(answer.strip().splitlines()[-1])]

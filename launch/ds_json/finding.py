@@ -1,0 +1,43 @@
+"""What the linter of DeepSpeed configs reports."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Level = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong or surprising, at one key.
+
+    Attributes:
+        key: dotted path in the JSON; empty for the file as a whole.
+        level: "error" where DeepSpeed refuses to start, ignores what was written, or trains
+            something else; "warning" where it does what it says and may surprise.
+        rule: a short stable name, for filters.
+        message: what is wrong and what to write instead, on one line.
+    """
+
+    key: str
+    level: Level
+    rule: str
+    message: str
+
+    def line(self) -> str:
+        """`level: key: message [rule]`."""
+        where = f"{self.key}: " if self.key else ""
+        return f"{self.level}: {where}{self.message} [{self.rule}]"
+
+    def as_dict(self) -> dict[str, str]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def error(key: str, rule: str, message: str) -> Finding:
+    """A finding that must be mended."""
+    return Finding(key, "error", rule, message)
+
+
+def warning(key: str, rule: str, message: str) -> Finding:
+    """A finding worth knowing."""
+    return Finding(key, "warning", rule, message)

@@ -1,0 +1,92 @@
+"""What a DeepSpeed JSON asks for: ZeRO stage, dtypes, and the facts that rules look at."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A config whose blocks have the right types, and what most rules ask of it.
+
+    `precision` is "bf16", "fp16", "fp32", or "auto" where Hugging Face decides; `accumulate` is
+    the dtype that gradients are accumulated in, and None where it is the model's own.
+    """
+
+    config: dict[str, Any]
+    hf: bool
+    world_size: int | None
+    stage: int
+    zero: dict[str, Any]
+    precision: str
+    accumulate: str | None
+    optimizer: str
+    params: dict[str, Any]
+
+    @classmethod
+    def read(cls, config: dict[str, Any], *, hf: bool, world_size: int | None) -> "Facts | None":
+        """None where a block is no object, so that nothing can be said about what is in it."""
+        zero, optimizer = config.get("zero_optimization", {}), config.get("optimizer", {})
+        types = config.get("data_types", {})
+        bf16 = config.get("bf16", config.get("bfloat16", {}))
+        fp16 = config.get("fp16", {})
+        params = optimizer.get("params") or {} if isinstance(optimizer, dict) else None
+        if not all(isinstance(block, dict) for block in (zero, types, bf16, fp16, params)):
+            return None
+        try:
+            stage = int(zero.get("stage", 0))
+        except ValueError:  # "auto", which Accelerate alone fills in
+            stage = 0
+        precision = "fp32"
+        for name, block in (("fp16", fp16), ("bf16", bf16)):
+            enabled = block.get("enabled", False)
+            precision = "auto" if enabled == "auto" else name if enabled else precision
+        accumulate = types.get("grad_accum_dtype")
+        kind = str(optimizer.get("type", ""))
+        return cls(config, hf, world_size, stage, zero, precision, accumulate, kind, params or {})
+
+    def device(self, block: str) -> str:
+        """Where `offload_optimizer` or `offload_param` puts things: "none", "cpu" or "nvme"."""
+        return str((self.zero.get(block) or {}).get("device", "none"))
+
+    @property
+    def adam(self) -> bool:
+        """Whether the optimizer is one of DeepSpeed's two names for Adam."""
+        return self.optimizer.lower() in ("adam", "adamw")
+
+    @property
+    def bf16_optimizer(self) -> bool:
+        """Whether ZeRO-1 becomes DeepSpeed's BF16_Optimizer, which knows few of ZeRO's keys."""
+        wide = self.accumulate in ("fp32", "float32", "float")
+        offloaded = self.device("offload_optimizer") == "cpu"
+        return self.stage == 1 and self.precision == "bf16" and wide and not offloaded
+
+
+_DTYPE_NAMES = {
+    "fp16": "fp16", "float16": "fp16", "half": "fp16", "bf16": "bf16", "bfloat16": "bf16",
+    "fp32": "fp32", "float32": "fp32", "float": "fp32",
+}  # fmt: skip
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage that a DeepSpeed configuration asks for."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def training_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """The dtype of forward and backward that a DeepSpeed configuration asks for."""
+    if ds_config.get("bf16", {}).get("enabled", False):
+        return torch.bfloat16
+    if ds_config.get("fp16", {}).get("enabled", False):
+        return torch.float16
+    return torch.float32
+
+
+def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """The dtype of the matrix products: as `training_dtype`, or what torch_autocast does them in."""
+    autocast = ds_config.get("torch_autocast") or {}
+    if autocast.get("enabled"):
+        name = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
+        return torch.float16 if name in ("float16", "fp16", "half") else torch.bfloat16
+    return training_dtype(ds_config)

@@ -1,0 +1,99 @@
+"""Plain PyTorch on one device, without DeepSpeed: what every layout has to equal.
+
+Nothing here is clever, so that it can be checked by reading: AdamW with decoupled decay
+(arXiv:1711.05101), the mean loss of the global batch, and clipping by the global norm.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launch.checkpoint.full_weights import canonical_names
+from launch.config.schema import Train
+from launch.ds_json.view import compute_dtype, training_dtype
+from launch.training.lr_schedule import learning_rate_factor
+from launch.training.optimizer import parameter_groups
+from launch.training.train_step import Step
+
+
+class Reference:
+    """The training loop of one device. In bf16 and fp16, fp32 master weights lie beside the model.
+
+    Mixed precision is DeepSpeed's kind (arXiv:1710.03740): the model computes in 16 bits, gradients
+    are summed and applied in fp32, and the model's weights are the masters, rounded. fp16's loss is
+    multiplied by a fixed scale, so that small gradients do not round to zero. With the JSON's
+    torch_autocast, weights are fp32 and only the matrix products are in bf16.
+    """
+
+    def __init__(self, model: nn.Module, ds_config: dict[str, Any], train: Train) -> None:
+        self.model, self.train = model, train
+        self.step_number = 0
+        self.clip = float(ds_config["gradient_clipping"])
+        self.mixed = training_dtype(ds_config) is not torch.float32
+        half = training_dtype(ds_config) is torch.float16
+        self.loss_scale = float(ds_config["fp16"]["loss_scale"]) if half else 1.0
+        self.weights = list(model.parameters())
+        self.autocast = torch.autocast(
+            self.weights[0].device.type,
+            compute_dtype(ds_config),
+            enabled=bool((ds_config.get("torch_autocast") or {}).get("enabled")),
+        )
+        self.masters = (
+            [nn.Parameter(w.detach().float()) for w in self.weights] if self.mixed else self.weights
+        )
+        groups = parameter_groups(model)
+        master_of = dict(zip(self.weights, self.masters, strict=True))
+        for group in groups:
+            group["params"] = [master_of[weight] for weight in group["params"]]
+        settings = ds_config["optimizer"]["params"]
+        self.learning_rate = float(settings["lr"])
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=self.learning_rate,
+            betas=tuple(settings["betas"]),
+            eps=settings["eps"],
+            weight_decay=settings["weight_decay"],
+        )
+
+    def train_step(self, batch: Tensor) -> Step:
+        """One optimizer step on a whole global batch, `[micro batches, micro_batch, sequence + 1]`."""
+        device = self.weights[0].device
+        learning_rate = self.learning_rate * learning_rate_factor(
+            self.train.schedule, self.step_number, self.train.steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        loss_sum = 0.0
+        for sequences in batch.to(device):
+            with self.autocast:
+                loss = self.model(sequences[:, :-1], sequences[:, 1:])
+            (loss * (self.loss_scale / len(batch))).backward()
+            loss_sum += loss.item()
+            if self.mixed:
+                self._move_gradients_to_masters()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip) if self.clip else None
+        if norm is None:
+            norm = torch.nn.utils.get_total_norm(
+                [m.grad for m in self.masters if m.grad is not None]
+            )
+        self.optimizer.step()
+        if self.mixed:
+            with torch.no_grad():
+                for weight, master in zip(self.weights, self.masters, strict=True):
+                    weight.copy_(master)
+        self.step_number += 1
+        return Step(loss_sum / len(batch), float(norm), learning_rate)
+
+    def _move_gradients_to_masters(self) -> None:
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight.grad is not None:
+                gradient = weight.grad.float() / self.loss_scale
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                weight.grad = None
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Every parameter by its canonical name, in fp32, tied ones once."""
+        names = canonical_names(self.model)
+        return {n: m.detach().float() for n, m in zip(names, self.masters, strict=True)}

@@ -1,0 +1,156 @@
+"""Does a layout compute what one device computes? Run both from the same weights and batches.
+
+The reference is the plain PyTorch loop of `launch/parity/reference.py`; the layout is DeepSpeed's engine on
+any number of ranks. `launch/parity/compare.py` says how far apart they are, and may be.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config.schema import HFModel, Recipe
+from launch.errors import UserError
+from launch.training.build_model import meta_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from launch.training.train_step import Step
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run leaves to compare: one number a step, and the last weights in fp32 on the CPU.
+
+    Weights have their canonical names (`launch/checkpoint/full_weights.py`), tied ones once. On ranks
+    other than the first, `weights` is empty.
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    learning_rates: list[float]
+    weights: dict[str, "Tensor"]
+
+    @classmethod
+    def of(cls, steps: "list[Step]", weights: dict[str, "Tensor"]) -> "Trace":
+        """The trace of a run's steps and of its last weights."""
+        return cls(
+            [step.loss for step in steps],
+            [step.grad_norm for step in steps],
+            [step.learning_rate for step in steps],
+            weights,
+        )
+
+
+def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
+    """Refuse what one device cannot repeat step for step.
+
+    Raises:
+        UserError: for fp16 with a loss scale that changes, dropout, or another optimizer than AdamW; it
+            names the override to use.
+    """
+    import torch
+
+    from launch.ds_json.view import compute_dtype
+
+    fixed_scale = (ds_config.get("fp16") or {}).get("loss_scale", 0)
+    if compute_dtype(ds_config) is torch.float16 and not fixed_scale:
+        other = (
+            "compare in another precision: --set deepspeed.torch_autocast.dtype=bfloat16"
+            if (ds_config.get("torch_autocast") or {}).get("enabled")
+            else "use --set deepspeed.fp16.loss_scale=1024"
+        )
+        raise UserError(
+            "fp16.loss_scale: a changing loss scale skips the first steps, so that there is nothing to "
+            f"compare step by step; {other}"
+        )
+    optimizer = ds_config.get("optimizer") or {}
+    kind = str(optimizer.get("type", ""))
+    if kind.lower() not in ("adam", "adamw"):
+        raise UserError(
+            f"optimizer.type: the reference steps with AdamW, and this is {kind or 'absent'}; "
+            "use --set deepspeed.optimizer.type=AdamW"
+        )
+    if not (optimizer.get("params") or {}).get("adam_w_mode", True):
+        raise UserError(
+            "optimizer.params.adam_w_mode: the reference decays weights as AdamW does; "
+            "use --set deepspeed.optimizer.params.adam_w_mode=true"
+        )
+    for key, value in _dropouts(recipe).items():
+        raise UserError(
+            f"{key}: it is {value}, and each rank draws a mask of its own; use --set {key}=0.0"
+        )
+
+
+def _dropouts(recipe: Recipe) -> dict[str, float]:
+    if not isinstance(recipe.model, HFModel):
+        value = recipe.model.gpt_config().dropout
+        return {"model.dropout": value} if value else {}
+    from models.hf import dropouts
+
+    model: Any = meta_model(recipe)
+    return {f"model.changes.{key}": value for key, value in dropouts(model.model.config).items()}
+
+
+def run_reference(
+    recipe: Recipe, ds_config: dict[str, Any], global_batch: Callable[[int], "Tensor"]
+) -> Trace:
+    """The recipe's steps on one device, without DeepSpeed: on the GPU where there is one.
+
+    Args:
+        recipe: its micro batch size is that of the reference too.
+        ds_config: the resolved JSON, for precision, optimizer and clipping.
+        global_batch: step (from 0) to ids `[micro batches, micro_batch, sequence + 1]`.
+    """
+    import torch
+
+    from launch.ds_json.view import training_dtype
+    from launch.parity.reference import Reference
+    from launch.training.build_model import build_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(recipe, training_dtype(ds_config), device)
+    reference = Reference(model, ds_config, recipe.train)
+    steps = [reference.train_step(global_batch(step)) for step in range(recipe.train.steps)]
+    weights = {name: tensor.cpu() for name, tensor in reference.full_weights().items()}
+    return Trace.of(steps, weights)
+
+
+def run_layout(values: dict[str, Any], scratch: Path) -> Trace:
+    """The recipe's steps as one rank of a layout; every rank calls it, in a process of its own.
+
+    The arguments and errors are those of `launch.training.setup.local_engine`.
+    """
+    from launch.training.setup import local_engine
+
+    with local_engine(values, scratch) as local:
+        from launch.checkpoint.full_weights import full_weights
+        from launch.training.train_step import train_step
+
+        steps = [
+            train_step(local.engine, local.batch(step)) for step in range(local.recipe.train.steps)
+        ]
+        weights: dict[str, Tensor] = {}
+        for name, tensor in full_weights(local.engine):
+            if local.ranks.first:
+                weights[name] = tensor.to("cpu", copy=True)
+    return Trace.of(steps, weights)
+
+
+def write_layout_trace(values: dict[str, Any], file: Path) -> None:
+    """`run_layout`, with the result in a file: weights are too large for a pipe."""
+    trace = run_layout(values, file.parent)
+
+    import torch
+
+    if os.environ["RANK"] == "0":
+        torch.save(vars(trace), file)
+
+
+def read_trace(file: Path) -> Trace:
+    """What `write_layout_trace` wrote."""
+    import torch
+
+    return Trace(**torch.load(file, weights_only=True))

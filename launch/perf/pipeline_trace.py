@@ -1,0 +1,253 @@
+"""What every stage of a pipeline does when: each instruction of real training steps, timed.
+
+DeepSpeed's pipeline engine runs a list of instructions a step (load, receive, forward, send, ...).
+Each one is timed on each stage, for every schedule of `models/pipeline_schedules.py` and several numbers of
+micro batches, in one launch with one engine. All ranks read CLOCK_MONOTONIC, of which a host has one,
+so that times of different stages compare. On a GPU the device is synchronized around every
+instruction, which costs some overlap of messages with passes.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe
+from launch.config.schema import Recipe
+from launch.errors import UserError
+from launch.paths import ROOT
+from launch.perf.trace_events import FORWARD, Event, Run
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from torch import nn
+
+    from launch.training.setup import LocalEngine
+
+WARMUP = 2  # steps before the timed ones, for each schedule and number of micro batches
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a launch found: the device's name, and a run for each number of micro batches and schedule."""
+
+    device: str
+    runs: list[Run]
+
+
+def check_pipeline(recipe: Recipe) -> None:
+    """Refuse a recipe without stages.
+
+    Raises:
+        UserError: naming the recipe with a pipeline that is nearest by its name, then by its ranks.
+    """
+    if recipe.parallel.pipeline > 1:
+        return
+    words = set(recipe.name.split("_"))
+
+    def distance(other: Recipe) -> tuple[int, int, int]:
+        parts, parallel = other.name.split("_"), other.parallel
+        return -len(words & set(parts)), parallel.tensor * parallel.pipeline, len(parts)
+
+    found = map(load_recipe, sorted((ROOT / "recipes").glob("*.yaml")))
+    nearest = min((other for other in found if other.parallel.pipeline > 1), key=distance)
+    raise UserError(
+        "parallel.pipeline: one stage has nothing to wait for, so there is no bubble to show; use "
+        f"--config recipes/{nearest.name}.yaml, or --set parallel.pipeline=2"
+    )
+
+
+def trace(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int) -> Traced:
+    """Run every schedule with each number of micro batches on `ranks` local ranks, `steps` steps each.
+
+    Of several pipelines (data or tensor parallel size above 1) that of the first ranks is recorded.
+    The global batch follows: micro batches x micro batch size x data parallel size.
+
+    Raises:
+        UserError: for a recipe that does not fit the ranks, or a failed rank.
+    """
+    from launch.config.resolve import resolve
+    from launch.runtime.local_launcher import run_local_ranks
+    from models.pipeline_schedules import SCHEDULES
+
+    parallel, train = recipe.parallel, recipe.train
+    data = max(1, ranks // (parallel.tensor * parallel.pipeline))
+    all_steps = len(micro_batches) * len(SCHEDULES) * (WARMUP + steps + 1)
+    changes = {
+        "global_batch_size": max(micro_batches) * train.micro_batch_size * data,
+        "steps": max(all_steps, train.steps),
+    }
+    recipe = recipe.model_copy(update={"train": train.model_copy(update=changes)})
+    resolve(recipe, plan_layout(recipe, ranks))
+    with tempfile.TemporaryDirectory(prefix="trace-") as folder:
+        place = Path(folder)
+        run_local_ranks(trace_rank, ranks, recipe.model_dump(), micro_batches, steps, place)
+        found = [
+            json.loads((place / f"stage{stage}.json").read_text())
+            for stage in range(parallel.pipeline)
+        ]
+    runs = [_merge(parts) for parts in zip(*(stage["runs"] for stage in found), strict=True)]
+    return Traced(found[0]["device"], runs)
+
+
+def _merge(parts: tuple[dict[str, Any], ...]) -> Run:
+    first = parts[0]
+    steps = [
+        [[Event(*event) for event in events] for events in stages]
+        for stages in zip(*(part["steps"] for part in parts), strict=True)
+    ]
+    saved = [part["saved_bytes"] for part in parts]
+    return Run(first["schedule"], first["micro_batches"], steps, saved)
+
+
+def trace_rank(values: dict[str, Any], micro_batches: list[int], steps: int, folder: Path) -> None:
+    """Train and record; every rank calls it, and one rank of each stage writes what it recorded.
+
+    Raises:
+        UserError: as `launch/train.py`.
+    """
+    from launch.training.setup import local_engine
+
+    with local_engine(values, folder) as local:
+        import torch
+
+        from launch.deepspeed_patches.pipeline import use_schedule
+        from models.pipeline_schedules import SCHEDULES
+
+        engine: PipelineEngine = local.engine
+        batch = local.batch(0)
+        each = engine.train_micro_batch_size_per_gpu() * engine.dp_world_size
+        runs = []
+        for number in micro_batches:
+            engine.set_train_batch_size(number * each)
+            for schedule in SCHEDULES:
+                use_schedule(engine, schedule)
+                found = _record(local, batch[:number], steps)
+                runs.append({"schedule": schedule, "micro_batches": number, **found})
+        device = local.ranks.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        # The first rank of a stage has coordinate 0 along the other axes.
+        ranks_per_stage = local.ranks.world_size // engine.num_stages
+        if local.ranks.rank % ranks_per_stage == 0:
+            file = folder / f"stage{engine.stage_id}.json"
+            file.write_text(json.dumps({"device": name, "runs": runs}))
+
+
+def _record(local: "LocalEngine", batch: "torch.Tensor", steps: int) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    from launch.training.train_step import train_step
+
+    engine, device = local.engine, local.ranks.device
+    plain = engine._INSTRUCTION_MAP
+    for _ in range(WARMUP):
+        train_step(engine, batch)
+    recorded = []
+    for _ in range(steps):
+        recorder = _Recorder(engine, device)
+        engine._INSTRUCTION_MAP = {k: recorder.timed(k, run) for k, run in plain.items()}
+        dist.barrier()  # all stages begin together, whatever they did after the last step
+        train_step(engine, batch)
+        recorded.append(recorder.events)
+    # In a step of its own, because the hooks take time.
+    saved = SavedBytes(engine.module)
+    engine._INSTRUCTION_MAP = {
+        k: saved.watched(run) if k.__name__ == FORWARD else run for k, run in plain.items()
+    }
+    train_step(engine, batch)
+    engine._INSTRUCTION_MAP = plain
+    return {"steps": recorded, "saved_bytes": saved.peak}
+
+
+Instruction = Callable[..., None]
+
+
+class _Recorder:
+    """The events of one step on this rank."""
+
+    def __init__(self, engine: "PipelineEngine", device: "torch.device") -> None:
+        self.events: list[Event] = []
+        self._device = device
+        # Where a micro batch enters a stage: from the data, or from the stage before.
+        self._arrival = "LoadMicroBatch" if engine.is_first_stage() else "RecvActivation"
+        self._arrived = 0
+        self._in_buffer: dict[int | None, int] = {}
+
+    def timed(self, kind: type, run: Instruction) -> Instruction:
+        """The instruction, recorded whenever the engine runs it."""
+        name = kind.__name__
+
+        def recorded(engine: "PipelineEngine", **arguments: int) -> None:
+            start = self._now()
+            run(engine, **arguments)
+            end = self._now()
+            buffer = arguments.get("buffer_id")
+            if name == self._arrival:
+                self._arrived += 1
+                self._in_buffer[buffer] = self._arrived
+            self.events.append(Event(name, self._in_buffer.get(buffer), buffer, start, end))
+
+        return recorded
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+        return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+class _Kept:
+    """A tensor that autograd keeps; gone as soon as its backward pass has used it."""
+
+    def __init__(self, owner: "SavedBytes", tensor: "torch.Tensor") -> None:
+        self.owner, self.tensor = owner, tensor
+        storage = tensor.untyped_storage()
+        self.key, self.size = storage.data_ptr(), storage.nbytes()
+        owner.count(self.key, self.size, 1)
+
+    def __del__(self) -> None:
+        self.owner.count(self.key, self.size, -1)
+
+
+@dataclass
+class SavedBytes:
+    """Bytes that autograd keeps at a time for backward passes; parameters and shared memory count once.
+
+    What is recomputed (`checkpoint_activations`) is not kept, and does not count.
+    """
+
+    module: "nn.Module"
+    live: int = 0
+    peak: int = 0
+    _holders: dict[int, int] = field(default_factory=dict)  # by address
+
+    def __post_init__(self) -> None:
+        """Parameters are there in any case: they count as held already."""
+        for parameter in self.module.parameters():
+            self._holders[parameter.untyped_storage().data_ptr()] = 1
+
+    def count(self, key: int, size: int, change: int) -> None:
+        """One holder more or less of the memory at address `key`, of `size` bytes."""
+        before = self._holders.get(key, 0)
+        self._holders[key] = before + change
+        if before == 0:
+            self.live += size
+        elif before + change == 0:
+            self.live -= size
+        self.peak = max(self.peak, self.live)
+
+    def watched(self, run: Instruction) -> Instruction:
+        """The instruction, with what it saves for the backward pass counted."""
+        from torch.autograd.graph import saved_tensors_hooks
+
+        def counted(engine: "PipelineEngine", **arguments: int) -> None:
+            with saved_tensors_hooks(lambda t: _Kept(self, t), lambda kept: kept.tensor):
+                run(engine, **arguments)
+
+        return counted

@@ -1,0 +1,105 @@
+"""The events of a pipeline's steps, and what follows from them: the bubble, and live micro batches.
+
+The bubble is the idle share of a step. With T from the first instruction of any stage to the end of
+the last backward pass of any stage,
+
+    idle share of a stage = 1 - (time in its forward and backward passes) / T
+    bubble                = mean of the idle shares over the stages
+
+Waiting inside a send or receive counts as idle, and so do messages and loading. What follows the last
+backward pass (gradient reduction, optimizer) is no part of T.
+"""
+
+import statistics
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from models.pipeline_stages import micro_batches_alive
+
+FORWARD, BACKWARD = "ForwardPass", "BackwardPass"
+
+
+class Event(NamedTuple):
+    """One instruction on one stage. Micro batches count from 1; times are seconds on the host's clock.
+
+    `micro_batch` and `buffer` are None for what concerns the whole batch: reductions, optimizer.
+    """
+
+    instruction: str
+    micro_batch: int | None
+    buffer: int | None
+    start: float
+    end: float
+
+
+Stages = list[list[Event]]  # one step: the events of each stage in their order
+
+
+def idle_shares(stages: Stages) -> list[float]:
+    """The idle share of each stage in one step, as the head of this file defines it."""
+    begin, end = span(stages)
+    shares = []
+    for events in stages:
+        busy = sum(e.end - e.start for e in events if e.instruction in (FORWARD, BACKWARD))
+        shares.append(1 - busy / (end - begin))
+    return shares
+
+
+def span(stages: Stages) -> tuple[float, float]:
+    """When a step's first instruction begins, and when its last backward pass ends, over all stages."""
+    begin = min(e.start for events in stages for e in events)
+    return begin, max(e.end for events in stages for e in events if e.instruction == BACKWARD)
+
+
+def peak_live(events: list[Event]) -> int:
+    """The most micro batches at a time whose forward pass is done on a stage and backward pass is not."""
+    live = peak = 0
+    for event in events:
+        live += (event.instruction == FORWARD) - (event.instruction == BACKWARD)
+        peak = max(peak, live)
+    return peak
+
+
+@dataclass(frozen=True)
+class Run:
+    """The timed steps of one schedule with one number of micro batches.
+
+    `saved_bytes` is, for each stage, the most that autograd kept at a time for backward passes, without
+    the parameters: one untimed step tells.
+    """
+
+    schedule: str
+    micro_batches: int
+    steps: list[Stages]
+    saved_bytes: list[int]
+
+    def idle(self) -> list[float]:
+        """The idle share of each stage, the median over the steps."""
+        by_step = [idle_shares(stages) for stages in self.steps]
+        return [statistics.median(shares) for shares in zip(*by_step, strict=True)]
+
+    def bubble(self) -> float:
+        """The idle share of a step, the median over the steps."""
+        return statistics.median(statistics.mean(idle_shares(stages)) for stages in self.steps)
+
+    def seconds(self) -> float:
+        """From the first instruction to the last backward pass, the median over the steps."""
+        return statistics.median(end - begin for begin, end in map(span, self.steps))
+
+    def live(self) -> list[int]:
+        """The peak of live micro batches on each stage."""
+        by_stage = zip(*self.steps, strict=True)
+        return [max(peak_live(events) for events in steps) for steps in by_stage]
+
+    def expected(self) -> list[int]:
+        """What `live` has to be."""
+        stages = len(self.saved_bytes)
+        return [
+            micro_batches_alive(self.schedule, stages, stage, self.micro_batches)
+            for stage in range(stages)
+        ]
+
+    def typical(self) -> Stages:
+        """The step to show: of all, the one with the median bubble."""
+        ranked = sorted(self.steps, key=lambda stages: statistics.mean(idle_shares(stages)))
+        return ranked[(len(ranked) - 1) // 2]

@@ -1,0 +1,149 @@
+"""Ranks on this machine without a launcher: processes that end together, also when one fails."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from launch.errors import UserError
+
+# A fresh interpreter a rank: what torch and CUDA have set up in ours must not be inherited.
+CONTEXT = multiprocessing.get_context("spawn")
+SECONDS_TO_LEAVE = 10.0
+RANKS_WITHOUT_GPU = 2
+
+
+def choose_ranks(asked: int | None) -> int:
+    """The number of ranks to start: as asked, else one a GPU, and two where there are no GPUs.
+
+    Raises:
+        UserError: below one, or more ranks than GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    ranks = (gpus or RANKS_WITHOUT_GPU) if asked is None else asked
+    if ranks < 1:
+        raise UserError(f"--ranks: {ranks} is no number of ranks; use 1 or more")
+    if gpus and ranks > gpus:
+        raise UserError(
+            f"--ranks: {ranks} ranks need as many GPUs, and there are {gpus}; lower it, or use the "
+            "CPU: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu"
+        )
+    return ranks
+
+
+def free_port() -> int:
+    """A port on which nobody listens, for the ranks to meet at.
+
+    Below those that the kernel hands out by itself (from 32768 on Linux): between our look and rank 0's
+    use, it would give one of those to any connection on the machine.
+    """
+    choice = random.SystemRandom()
+    while True:
+        port = choice.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def run_local_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
+    """Call `function(*args)` in `world_size` processes, with the environment that a launcher sets.
+
+    None of them outlives this call, nor this process.
+
+    Args:
+        function: a module-level function, which starts the process group itself. Its module must
+            not import torch, so that `launch.runtime.process_group.prepare_environment` comes first.
+        world_size: number of processes, one a GPU where there are GPUs.
+        args: handed to every rank alike; they must pickle.
+
+    Raises:
+        UserError: the first one that a rank raised, or where a rank crashed or was killed.
+    """
+    port = free_port()
+    pipes: list[Connection] = []
+    processes: list[Any] = []
+    try:
+        for rank in range(world_size):
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
+                target=_in_child,
+                args=(theirs, _environment(rank, world_size, port), function, args),
+            )
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        _wait(pipes, processes)
+        for pipe in pipes:  # nobody leaves early: rank 0 serves the others' rendezvous store
+            with contextlib.suppress(OSError):
+                pipe.send("leave")
+        for process in processes:
+            process.join(SECONDS_TO_LEAVE)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for pipe in pipes:
+            pipe.close()
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    values = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    return {name: str(value) for name, value in values.items()}
+
+
+def _wait(pipes: list[Connection], processes: list[Any]) -> None:
+    waiting = dict(enumerate(pipes))
+    while waiting:
+        # A rank that is killed closes its end of the pipe, which wakes us too.
+        ready = multiprocessing.connection.wait(list(waiting.values()))
+        for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+            try:
+                problem = waiting.pop(rank).recv()
+            except EOFError:
+                processes[rank].join(SECONDS_TO_LEAVE)
+                code = processes[rank].exitcode
+                raise UserError(
+                    f"rank {rank} died with exit code {code}"
+                    f"{'; out of memory?' if code == -9 else ''}"
+                ) from None
+            if problem:
+                raise UserError(problem)
+
+
+def _in_child(
+    pipe: Connection, environment: dict[str, str], function: Callable[..., None], args: Any
+) -> None:
+    os.environ.update(environment)
+    # DeepSpeed logs to stdout, which is our caller's, who may print JSON there.
+    os.dup2(2, 1)
+    with _reporting(pipe):
+        function(*args)
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
+    os._exit(0)  # a live process group would take its time over a tidy end
+
+
+@contextlib.contextmanager
+def _reporting(pipe: Connection) -> Iterator[None]:
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    except Exception as error:
+        traceback.print_exc()
+        rank = os.environ["RANK"]
+        problem = f"rank {rank} failed, traceback above: {type(error).__name__}: {error}"
+    pipe.send(problem)

@@ -1,0 +1,275 @@
+"""DeepSpeed's C++ parts, which it compiles on first use: built ahead, once, and never hung on.
+
+Left to itself DeepSpeed compiles in silence when training starts, and torch guards the build with a
+file called `lock` that a killed build leaves behind: every later start then waits for ever.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from launch.errors import UserError
+from launch.paths import ROOT
+
+
+class _Op(NamedTuple):
+    builder: str
+    minutes: str  # how long a build takes on two cores, for the person who waits
+    first: tuple[str, ...] = ()  # ops whose symbols it needs
+
+
+OPS = {
+    "cpu_adam": _Op("CPUAdamBuilder", "about a minute"),
+    "cpu_adagrad": _Op("CPUAdagradBuilder", "about a minute"),
+    "cpu_lion": _Op("CPULionBuilder", "about a minute"),
+    "fused_adam": _Op("FusedAdamBuilder", "about a minute"),
+    "fused_lamb": _Op("FusedLambBuilder", "about a minute"),
+    "fused_lion": _Op("FusedLionBuilder", "about a minute"),
+    "pin_memory": _Op("PinMemoryBuilder", "about half a minute"),
+    "async_io": _Op("AsyncIOBuilder", "about three minutes", first=("pin_memory",)),
+}
+# Optimizer in the JSON -> the op without and with optimizer offload (DeepSpeedEngine,
+# _configure_basic_optimizer); None where torch's own optimizer is taken.
+_OPTIMIZER_OPS: dict[str, tuple[str | None, str]] = {
+    "adam": ("fused_adam", "cpu_adam"),
+    "adamw": ("fused_adam", "cpu_adam"),
+    "muon": ("fused_adam", "cpu_adam"),
+    "adagrad": (None, "cpu_adagrad"),
+    "lion": ("fused_lion", "cpu_lion"),
+    "lamb": ("fused_lamb", "fused_lamb"),
+}
+STAMP = "built_for.txt"
+LOADS_WITHIN_SECONDS = 2.0  # an op that lies built
+
+
+def use_private_cache() -> Path:
+    """Build into this checkout's `.cache`, apart for each torch and Python; returns the folder.
+
+    A TORCH_EXTENSIONS_DIR that the user has set is kept. Call it before deepspeed is imported.
+    """
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    folder = ROOT / ".cache/torch_extensions" / f"{importlib.metadata.version('torch')}-{python}"
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)))
+
+
+def ops_needed(ds_config: dict[str, Any]) -> list[str]:
+    """The ops that DeepSpeed's engine will load for this JSON, in the order of loading."""
+    zero = ds_config.get("zero_optimization") or {}
+    optimizer_at, parameters_at = (
+        (zero.get(key) or {}).get("device", "none")
+        for key in ("offload_optimizer", "offload_param")
+    )
+    optimizer = ds_config.get("optimizer") or {}
+    params = optimizer.get("params") or {}
+    plain, offloaded = _OPTIMIZER_OPS.get(str(optimizer.get("type", "")).lower(), (None, None))
+    needed = [offloaded if optimizer_at in ("cpu", "nvme") else plain]
+    if params.get("torch_adam"):
+        needed = []
+    # Below stage 3 DeepSpeed keeps an "nvme" optimizer in memory.
+    if zero.get("stage") == 3 and "nvme" in (optimizer_at, parameters_at):
+        needed.append("async_io")
+    return [name for name in needed if name is not None]
+
+
+def build_ops(names: Iterable[str], say: Callable[[str], None]) -> None:
+    """Make the ops ready in this process: loaded where they are built, else built first.
+
+    Any number of processes may call it at once: one builds, the others wait for it.
+
+    Args:
+        names: keys of `OPS`.
+        say: told one line before each build, as a build takes minutes.
+
+    Raises:
+        UserError: when a compiler, header or library is missing (with the command that installs
+            it), or when the compiler fails (with the log file).
+    """
+    for name in names:
+        for each in (*OPS[name].first, name):
+            _make_ready(each, say)
+
+
+def built_ops() -> list[str]:
+    """The ops that lie built in the cache."""
+    return sorted(stamp.parent.name for stamp in use_private_cache().glob(f"*/{STAMP}"))
+
+
+def stale_locks() -> list[Path]:
+    """Locks of builds that were killed, on which DeepSpeed would wait for ever: our cache's and torch's."""
+    places = (use_private_cache(), Path("~/.cache/torch_extensions").expanduser())
+
+    def found() -> set[Path]:
+        locks = (lock for place in places for lock in place.glob("**/lock"))
+        return {lock for lock in locks if not _is_open_somewhere(lock)}
+
+    stale = found()
+    if stale:  # one that another host holds, unseen from here, while it loads an op is gone by then
+        time.sleep(LOADS_WITHIN_SECONDS)
+        stale &= found()
+    return sorted(stale)
+
+
+def _make_ready(name: str, say: Callable[[str], None]) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(OPS[name].builder)
+    if builder is None:
+        raise UserError(f"{name}: DeepSpeed has no such op for '{get_accelerator().device_name()}'")
+    folder = use_private_cache() / name
+    if not _load_built(builder, name, folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{name}.building"):
+            if not _load_built(builder, name, folder):
+                _build(builder, name, folder, say)
+    builder.load()  # from here on a look-up; pin_memory shows its symbols to async_io in it
+
+
+def _load_built(builder: Any, name: str, folder: Path) -> bool:
+    """Load what is built, in milliseconds; DeepSpeed's own way asks the CPU's name for 2 seconds.
+
+    It also stays clear of torch's `lock`, on which ranks would take turns.
+    """
+    if name in builder._loaded_ops:
+        return True
+    library = folder / f"{name}.so"
+    stamp = folder / STAMP
+    if not stamp.is_file() or stamp.read_text() != _built_for(name) or not library.is_file():
+        return False
+    spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    builder._loaded_ops[name] = module
+    return True
+
+
+def _build(builder: Any, name: str, folder: Path, say: Callable[[str], None]) -> None:
+    """Compile. The caller holds the lock, so nobody else builds here."""
+    _check_tools(builder, name)
+    if _wait_for_live_owner(folder / "lock"):
+        say(f"{name}: an earlier build was cut off and left a lock file; building it again")
+        _remove(folder)  # all of it: a compiler that outlived its parent may still write there
+    elif (folder / STAMP).exists():
+        _remove(folder)  # for another machine or version, which the build tool cannot tell
+    say(f"building {name} once, {OPS[name].minutes} ...")
+    try:
+        builder.load(verbose=False)
+    except Exception as error:
+        log = folder.parent / f"{name}.log"
+        log.write_text(f"{error}\n")
+        raise UserError(f"{name}: the build failed; what the compiler said is in {log}") from error
+    partial = folder / f"{STAMP}.{os.getpid()}"
+    partial.write_text(_built_for(name))
+    partial.replace(folder / STAMP)
+
+
+def _wait_for_live_owner(lock: Path) -> bool:
+    """Wait while a program other than ours builds here; True if the lock then has no owner.
+
+    torch keeps its lock file open while it builds, so /proc tells whether somebody does.
+    """
+    while lock.exists() and _is_open_somewhere(lock):
+        time.sleep(0.5)
+    return lock.exists()
+
+
+def _is_open_somewhere(path: Path) -> bool:
+    wanted = str(path.resolve())
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        # Processes end while we look, and others' are not ours to read.
+        with contextlib.suppress(OSError):
+            if str(link.readlink()) == wanted:
+                return True
+    return False
+
+
+def _remove(folder: Path) -> None:
+    """Move aside first: a half removed folder must not be taken for a built one."""
+    away = folder.with_name(f"{folder.name}.old{os.getpid()}")
+    folder.rename(away)
+    shutil.rmtree(away)
+
+
+def _built_for(name: str) -> str:
+    """What a built op depends on: a shared checkout may be used from machines that differ."""
+    cpu = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():  # compiled with -march=native
+        flags = [
+            line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))
+        ]
+        cpu += " " + sha256("".join(flags[:1]).encode()).hexdigest()[:16]
+    versions = [
+        f"{package} {importlib.metadata.version(package)}" for package in ("torch", "deepspeed")
+    ]
+    return "\n".join([*versions, f"python {platform.python_version()}", cpu, _gpu(name), ""])
+
+
+def _gpu(name: str) -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cuda" or name.startswith("cpu_"):
+        return "no GPU"
+    import torch
+
+    return f"cuda {torch.version.cuda} {torch.cuda.get_device_capability()}"
+
+
+def _check_tools(builder: Any, name: str) -> None:
+    """Find what is missing before the compiler does, in words that help.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    # pip put ninja beside python; with `.venv/bin/python script.py` that is not on the PATH.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"{name}: DeepSpeed compiles this op and there is no C++ compiler ({compiler}); "
+            "apt-get install g++"
+        )
+    if shutil.which("ninja") is None:
+        raise UserError(f"{name}: DeepSpeed compiles this op with ninja; pip install ninja")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.is_file():
+        raise UserError(
+            f"{name}: DeepSpeed compiles this op and {header} is missing; apt-get install "
+            f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        )
+    if not name.startswith("cpu_") and name != "pin_memory":
+        _check_nvcc(name)
+    if name == "async_io" and not builder.is_compatible():
+        raise UserError(
+            "async_io: NVMe offload needs libaio's headers; apt-get install libaio-dev "
+            "(or offload to the device 'cpu')"
+        )
+
+
+def _check_nvcc(name: str) -> None:
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension
+
+    if get_accelerator().device_name() == "cuda":
+        home = cpp_extension.CUDA_HOME
+        if home is None or not Path(home, "bin", "nvcc").is_file():
+            raise UserError(
+                f"{name}: on a GPU DeepSpeed compiles this op with nvcc, which is missing; install "
+                "the CUDA toolkit and set CUDA_HOME, or choose a config without this op "
+                "(torch_adam: true instead of fused_adam, device cpu instead of nvme)"
+            )

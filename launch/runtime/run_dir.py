@@ -1,0 +1,170 @@
+"""Where a run writes, and which checkpoint it goes on from.
+
+runs/<recipe>/<time>/
+    recipe.yaml        the resolved recipe
+    deepspeed.json     the resolved configuration
+    environment.json   versions, devices, commit, command; of earlier starts too
+    metrics.jsonl      one object a step
+    tensorboard/       the same, for TensorBoard
+    checkpoints/step_00000500/ ...
+    model.safetensors  the final weights
+    loss.png, sample.txt, summary.json
+    job/               what scripts/submit.py wrote: scripts, the recipe, a log a rank
+    STOP               touch it, and the run saves and ends
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from launch.config.load import recipe_from_dict
+from launch.config.schema import Recipe
+from launch.errors import UserError
+from launch.paths import ROOT
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder that holds one folder a checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        """Touched by whoever wants the run to save and end (`launch/training/preemption.py`)."""
+        return self.path / "STOP"
+
+    @property
+    def summary(self) -> Path:
+        """What came out; it exists only when the run has finished."""
+        return self.path / "summary.json"
+
+
+def new_folder(parent: Path) -> Path:
+    """Make a folder named by the time below `parent`; two runs of one second get two of them."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path, number = parent / stamp, 1
+    while True:
+        try:
+            path.mkdir(parents=True)  # here and now: another run may start in the same second
+        except FileExistsError:
+            path, number = parent / f"{stamp}-{number}", number + 1
+        else:
+            return path
+
+
+def claim(run: RunFolder) -> FileLock:
+    """Make the run's folder, and keep every other process out of it while this one lives.
+
+    Raises:
+        UserError: where it cannot be made or written to, or a run is writing to it.
+    """
+    lock = FileLock(run.path / ".lock")  # the kernel drops it with its holder
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"run.dir: a run that has not ended is writing to {run.path}; wait for it, or name "
+            "another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"run.dir: cannot write to {run.path} ({error.strerror}); name a writable folder"
+        ) from None
+    return lock
+
+
+def write_settings(
+    run: RunFolder, recipe: Recipe, ds_config: dict[str, Any], world_size: int
+) -> None:
+    """Write recipe.yaml, deepspeed.json and environment.json; a resumed run's keeps the earlier."""
+    (run.path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+    (run.path / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+    file, now = run.path / "environment.json", environment(world_size)
+    try:
+        before = json.loads(file.read_text())
+        now["earlier"] = [*before.pop("earlier", []), before]
+    except (OSError, ValueError):
+        now["earlier"] = []
+    file.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def read_settings(folder: Path) -> Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises:
+        UserError: where the folder is not a run's.
+    """
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder}: not a run folder, it has no recipe.yaml")
+    return recipe_from_dict(yaml.safe_load(file.read_text()), where=str(file))
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """What a reader needs to reproduce a run: versions, devices, commit, command."""
+    import torch
+
+    packages = ("torch", "deepspeed", "transformers", "datasets", "accelerate")
+    cuda = torch.cuda.is_available()
+    return {
+        "command": sys.argv,
+        "world_size": world_size,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else ["cpu"],
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_files": _git("status", "--porcelain", "--untracked-files=no"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,139 @@
+"""From a recipe to its model: whole, cut over tensor ranks, divided by ZeRO-3, or one pipeline stage."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from launch.config.schema import GPTModel, HFModel, Recipe
+from launch.errors import UserError
+from models.gpt import GPT
+from models.init_weights import initialize, initialize_parameters
+from models.parallel.topology import ONE_RANK, TensorParallel, Topology
+from models.pipeline import GPTPipeline
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@contextmanager
+def _new_parameters(dtype: torch.dtype, device: torch.device | str) -> Iterator[None]:
+    # Made in their final dtype and place: a 6.7B model in fp32 would need 27 GB on the way.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_model(
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    tp: TensorParallel = ONE_RANK,
+) -> nn.Module:
+    """The recipe's model with its first weights on one device ("meta": shapes only).
+
+    Whole by default; with `tp`, a GPT is this rank's shard of it.
+
+    Raises:
+        UserError: where a `family: hf` model cannot be found, read or changed as asked.
+    """
+    spec = recipe.model
+    if isinstance(spec, HFModel):
+        return _build_hf(spec, recipe.train.seed, dtype, device)
+    with _new_parameters(dtype, device):
+        model = GPT(spec.gpt_config(), spec.checkpoint_activations, tp)
+    if torch.device(device).type != "meta":
+        initialize(model, recipe.train.seed)
+    return model
+
+
+def _build_hf(
+    spec: HFModel, seed: int, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    from models.hf import HFCausalLM, from_config, from_pretrained, read_config
+
+    try:
+        config = read_config(spec.path, spec.changes)
+        meta = torch.device(device).type == "meta"
+        if spec.pretrained and not meta:
+            model = from_pretrained(spec.path, config).to(device=device, dtype=dtype)
+        else:
+            # On the CPU whatever the device: its generator gives every rank and the reference the
+            # same numbers.
+            torch.manual_seed(seed)
+            with _new_parameters(torch.float32, "meta" if meta else "cpu"):
+                model = from_config(config)
+            model = model.to(device=device, dtype=dtype)
+        return HFCausalLM(model, spec.checkpoint_activations)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path: {spec.path} is not usable: {reason}") from None
+
+
+def build_partitioned(
+    recipe: Recipe, ds_config: dict[str, Any], topology: Topology, tp: TensorParallel
+) -> nn.Module:
+    """A GPT that is never whole on a rank: ZeRO-3 cuts each parameter as its layer is made."""
+    spec = recipe.model
+    assert isinstance(spec, GPTModel)
+
+    def gather(parameter: nn.Parameter) -> AbstractContextManager[object]:
+        # Each data parallel group has a first rank, and all of those write the same.
+        whole: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0
+        )
+        return whole
+
+    with deepspeed.zero.Init(
+        config_dict_or_path=ds_config, data_parallel_group=topology.data_group, mpu=topology
+    ):
+        model = GPT(spec.gpt_config(), spec.checkpoint_activations, tp)
+    initialize(model, recipe.train.seed, gather)
+    return model
+
+
+def build_pipeline(
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    topology: Topology,
+    tp: TensorParallel,
+) -> GPTPipeline:
+    """This rank's pipeline stage of a GPT, with its first weights.
+
+    Raises:
+        UserError: where the layers cannot be cut as `parallel.partition` says.
+    """
+    spec = recipe.model
+    assert isinstance(spec, GPTModel)
+    # PipelineModule prints its settings from rank 0 (ours are said in one line elsewhere), and
+    # broadcasts tied weights where autograd sees it.
+    silent = contextlib.redirect_stdout(io.StringIO())
+    with silent, torch.no_grad(), _new_parameters(dtype, device):
+        model = GPTPipeline(
+            spec.gpt_config(),
+            topology.grid,
+            tp,
+            recipe.parallel.partition,
+            spec.checkpoint_activations,
+        )
+    initialize_parameters(model.canonical_parameters(), model.config, recipe.train.seed)
+    return model
+
+
+def meta_model(recipe: Recipe) -> "nn.Module":
+    """The recipe's model without numbers, for names and shapes."""
+    import torch
+
+    from launch.training.build_model import build_model
+
+    return build_model(recipe, torch.float32, "meta")

@@ -1,0 +1,91 @@
+"""From a recipe to a DeepSpeed engine, whatever its layout."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from launch.checkpoint.full_weights import is_hf
+from launch.config.layout import Layout
+from launch.config.schema import GPTModel, Recipe
+from launch.deepspeed_patches.autotp import check_plan, show_plan
+from launch.deepspeed_patches.pipeline import sum_tied_gradients_where_they_are, use_schedule
+from launch.deepspeed_patches.stage0 import (
+    count_each_parameter_once,
+    keep_norm,
+    mark_gradients,
+    undo_step_taken_at_construction,
+)
+from launch.ds_json.view import training_dtype, zero_stage
+from launch.runtime.process_group import Ranks
+from launch.training.build_model import build_model, build_partitioned, build_pipeline
+from launch.training.lr_schedule import learning_rate_factor
+from launch.training.optimizer import parameter_groups
+from models.gpt import Block
+from models.parallel.topology import Grid, Topology
+from models.pipeline import GPTPipeline
+
+
+def make_topology(recipe: Recipe, layout: Layout) -> Topology:
+    """All process groups of a layout. A collective: every rank makes every group."""
+    sharing = 1
+    if isinstance(recipe.model, GPTModel):
+        sharing = max(1, layout.tensor // recipe.model.gpt_config().kv_heads)
+    return Topology(Grid(layout.tensor, layout.pipeline, layout.data), sharing)
+
+
+def build_engine(
+    recipe: Recipe, ds_config: dict[str, Any], ranks: Ranks, topology: Topology
+) -> DeepSpeedEngine:
+    """The recipe's model on DeepSpeed's engine, ready for `launch/training/train_step.py`."""
+    dtype, tp = training_dtype(ds_config), topology.tensor_parallel(recipe.parallel.sequence)
+    train = recipe.train
+    if topology.grid.pipeline > 1:
+        model: nn.Module = build_pipeline(recipe, dtype, ranks.device, topology, tp)
+    elif zero_stage(ds_config) == 3 and isinstance(recipe.model, GPTModel):
+        model = build_partitioned(recipe, ds_config, topology, tp)
+    else:
+        model = build_model(recipe, dtype, ranks.device, tp)
+    if tp.size > 1 and is_hf(model):
+        check_plan(model, tp.size, zero_stage(ds_config))
+        show_plan(model)
+
+    def schedule(optimizer: torch.optim.Optimizer) -> LambdaLR:
+        return LambdaLR(
+            optimizer, lambda step: learning_rate_factor(train.schedule, step, train.steps)
+        )
+
+    engine: DeepSpeedEngine = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model),
+        config=ds_config,
+        lr_scheduler=schedule,
+        dist_init_required=False,
+        # A PipelineModule brings its own.
+        mpu=topology if tp.size > 1 and not isinstance(model, GPTPipeline) else None,
+    )[0]
+    undo_step_taken_at_construction(engine)
+    mark_gradients(engine)
+    if isinstance(engine, PipelineEngine):
+        use_schedule(engine, recipe.parallel.schedule)
+        sum_tied_gradients_where_they_are(engine)
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        count_each_parameter_once(engine, topology)
+        keep_norm(engine)
+    if train.compile:
+        _compile(engine)
+    return engine
+
+
+def _compile(engine: DeepSpeedEngine) -> None:
+    if not isinstance(engine, PipelineEngine):
+        engine.compile()
+        return
+    # What lies between the blocks of a stage is messages.
+    for module in engine.module.modules():
+        if isinstance(module, Block):
+            module.compile()

@@ -1,0 +1,51 @@
+"""The end of a run: final weights, a sample of text, and a summary."""
+
+import json
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from launch.checkpoint.safetensors_io import save_weights
+from launch.config.schema import Recipe
+from launch.data.prepare import Corpus
+from launch.ds_json.view import training_dtype
+from launch.runtime.console import say
+from launch.runtime.process_group import Ranks
+from launch.runtime.run_dir import RunFolder
+from launch.training.evaluate import next_token_logits
+from launch.training.sampling import sample
+
+
+def finish(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    engine: DeepSpeedEngine,
+    run: RunFolder,
+    corpus: Corpus,
+    ranks: Ranks,
+    held_out_loss: float,
+) -> None:
+    """Write model*.safetensors, sample.txt and summary.json, and tell of them. Every rank calls it."""
+    files = save_weights(engine, run.path, training_dtype(ds_config))
+    say(f"held-out loss: {held_out_loss:.4f} nats per token")
+    say(f"weights: {', '.join(str(file) for file in files)}")
+    if recipe.run.sample_tokens:
+        text = _sample(recipe, engine, corpus, ranks)
+        if ranks.first:
+            (run.path / "sample.txt").write_text(text)
+        say(f"sample:\n{text}\n")
+    if ranks.first:
+        summary = {"steps": recipe.train.steps, "held_out_loss": held_out_loss}
+        run.summary.write_text(json.dumps(summary) + "\n")
+
+
+def _sample(recipe: Recipe, engine: DeepSpeedEngine, corpus: Corpus, ranks: Ranks) -> str:
+    context = recipe.data.sequence_length
+    return sample(
+        lambda tokens: next_token_logits(engine, tokens, context),
+        corpus.tokenizer,
+        recipe.run.sample_prompt,
+        recipe.run.sample_tokens,
+        context,
+        ranks.device,
+    )

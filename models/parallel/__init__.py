@@ -1,0 +1,4 @@
+"""Collectives, tensor-parallel layers, random numbers and process groups.
+
+Knows no model, and imports nothing but torch: copy the folder as it is.
+"""

@@ -1,0 +1,207 @@
+"""The collectives of tensor parallelism as autograd functions, each with an explicit group.
+
+Megatron-LM (arXiv:1909.08053, section 3) calls the first two f and g: where one does nothing on the
+way forward it sums on the way back, and the other way round.
+
+    function            forward                    backward
+    copy_to_group       the same tensor            all-reduce (sum)           f
+    reduce_from_group   all-reduce (sum)           the same tensor            g
+    scatter_to_group    this rank's part           all-gather
+    gather_from_group   all-gather                 this rank's part
+    all_gather          all-gather                 reduce-scatter (sum)       sequence parallelism,
+    reduce_scatter      reduce-scatter (sum)       all-gather                 arXiv:2205.05198
+
+The two kinds of gather differ in what follows. After `gather_from_group` every rank does the same
+with the whole, so every rank has the whole gradient and takes its part. After `all_gather` each rank
+goes on to work of its own (its heads, its columns), so the gradients have to be summed.
+
+Two mistakes that are often copied: a plain `dist.all_reduce` in the forward of a row-parallel layer,
+which changes a tensor behind autograd's back (right by luck after a linear layer, which does not keep
+its output; wrong after what does); and a column-parallel layer whose input is not wrapped in
+`copy_to_group`: its weights still get the right gradient, and everything below it only this rank's
+part of one. Neither raises anything.
+
+With a group of one rank, or None, every function returns what it was given.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+# torch 2.13 renames the collectives on one tensor; the old names warn there, 2.11 lacks the new ones.
+_all_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def group_size(group: Group) -> int:
+    """Number of ranks in a group; None is this rank alone."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: Group) -> int:
+    """This rank's number in a group; None is this rank alone."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _all_reduce(x: Tensor, group: Group) -> Tensor:
+    summed = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, group=group)
+    return summed
+
+
+def _part(x: Tensor, dim: int, group: Group) -> Tensor:
+    size = group_size(group)
+    if x.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {list(x.shape)} is no multiple of the {size} ranks")
+    return x.chunk(size, dim)[group_rank(group)].contiguous()
+
+
+def _gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    dim %= x.dim()
+    size = group_size(group)
+    parts = x.new_empty((size * x.shape[0], *x.shape[1:]))
+    _all_gather_single(parts, x.contiguous(), group=group)
+    whole: Tensor = parts.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
+    return whole
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    size = group_size(group)
+    if x.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {list(x.shape)} is no multiple of the {size} ranks")
+    dim %= x.dim()
+    parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
+    mine = torch.empty_like(parts[0])
+    _reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
+    return mine
+
+
+def _run(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    apply: Any = function.apply  # torch gives it no types
+    result: Tensor = apply(*arguments)
+    return result
+
+
+# Not traced by torch.compile: traced by torch 2.11, in bf16 over NCCL, a model did not learn at all.
+untraced: Callable[..., Tensor] = torch.compiler.disable(_run)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(gradient, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _part(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(gradient, ctx.dim, ctx.group), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _part(gradient, ctx.dim, ctx.group), None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(gradient, ctx.dim, ctx.group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(gradient, ctx.dim, ctx.group), None, None
+
+
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
+    """Give a tensor that all ranks share to work that differs by rank. Any shape, and the same out.
+
+    Also for a weight that all ranks share and use on different tokens or heads: its gradient is then
+    the sum over the ranks.
+    """
+    return x if group_size(group) == 1 else untraced(_Copy, x, group)
+
+
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
+    """Add up what the ranks have computed, each a part of the sum. Any shape, and the same out."""
+    return x if group_size(group) == 1 else untraced(_Reduce, x, group)
+
+
+def scatter_to_group(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part of a tensor that all ranks share: `[..., n, ...]` to `[..., n / ranks, ...]`.
+
+    Raises:
+        ValueError: where the ranks do not divide dimension `dim`.
+    """
+    return x if group_size(group) == 1 else untraced(_Scatter, x, dim, group)
+
+
+def gather_from_group(x: Tensor, dim: int, group: Group) -> Tensor:
+    """The whole of what the ranks hold parts of, for the same use on every rank.
+
+    `[..., n, ...]` to `[..., n * ranks, ...]`.
+    """
+    return x if group_size(group) == 1 else untraced(_Gather, x, dim, group)
+
+
+def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    """The whole of what the ranks hold parts of, for work that differs by rank.
+
+    `[..., n, ...]` to `[..., n * ranks, ...]`. Into a column-parallel layer: dimension 1 of
+    `[batch, sequence / ranks, hidden]`.
+    """
+    return x if group_size(group) == 1 else untraced(_AllGather, x, dim, group)
+
+
+def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part of the sum over the ranks: `[..., n, ...]` to `[..., n / ranks, ...]`.
+
+    Out of a row-parallel layer: dimension 1 of `[batch, sequence, hidden]`.
+
+    Raises:
+        ValueError: where the ranks do not divide dimension `dim`.
+    """
+    return x if group_size(group) == 1 else untraced(_ReduceScatter, x, dim, group)

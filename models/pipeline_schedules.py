@@ -1,0 +1,110 @@
+"""In which order a stage runs its forward and backward passes, for DeepSpeed's pipeline engine.
+
+All three compute the same gradients; they differ in how long ranks wait (the bubble) and in how many
+micro batches' activations are alive at once. With p stages and m micro batches:
+
+    schedule   idle share of a step       micro batches alive on stage s
+    1f1b       (p - 1) / (m + p - 1)      at most p - s         DeepSpeed's TrainSchedule
+    gpipe      (p - 1) / (m + p - 1)      m                     arXiv:1811.06965
+    naive      (p - 1) / p                1
+
+For p = 3, m = 4 (numbers: forward of a micro batch; letters: its backward, taken to last as long):
+
+    gpipe  stage 0   1 2 3 4 . . . . A B C D      1f1b   1 2 3 . . A 4 B . C . D
+           stage 1   . 1 2 3 4 . . A B C D .             . 1 2 . A 3 B 4 C . D .
+           stage 2   . . 1 2 3 4 A B C D . .             . . 1 A 2 B 3 C 4 D . .
+"""
+
+from collections.abc import Iterator
+
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    BufferOpInstruction,
+    ForwardPass,
+    LoadMicroBatch,
+    OptimizerStep,
+    PipeInstruction,
+    PipeSchedule,
+    RecvActivation,
+    RecvGrad,
+    ReduceGrads,
+    ReduceTiedGrads,
+    SendActivation,
+    SendGrad,
+    TrainSchedule,
+)
+
+Instructions = list[PipeInstruction]
+
+
+class KeepLoss(BufferOpInstruction):
+    """Put the loss of the last forward pass into a buffer.
+
+    DeepSpeed's engine keeps one loss, that of the last forward pass, and takes the backward pass on
+    the last stage from it. That is right where a backward pass follows each forward pass at once.
+    """
+
+
+class TakeLoss(BufferOpInstruction):
+    """Make the loss in a buffer the one that the next backward pass starts from."""
+
+
+class _InOrder(PipeSchedule):
+    """What the two simple schedules share: whole forwards, whole backwards, and the step."""
+
+    def _forward(self, buffer: int) -> Instructions:
+        todo: Instructions = []
+        if not self.is_first_stage:
+            todo.append(RecvActivation(buffer))
+        if self.is_first_stage or self.is_last_stage:  # tokens at one end, labels at the other
+            todo.append(LoadMicroBatch(buffer))
+        todo.append(ForwardPass(buffer))
+        todo.append(KeepLoss(buffer) if self.is_last_stage else SendActivation(buffer))
+        return todo
+
+    def _backward(self, buffer: int) -> Instructions:
+        todo: Instructions = [TakeLoss(buffer) if self.is_last_stage else RecvGrad(buffer)]
+        todo.append(BackwardPass(buffer))
+        if not self.is_first_stage:
+            todo.append(SendGrad(buffer))
+        return todo
+
+    def _step(self) -> Instructions:
+        return [ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
+
+
+class GPipeSchedule(_InOrder):
+    """All forward passes, then all backward passes (arXiv:1811.06965)."""
+
+    def steps(self) -> Iterator[Instructions]:
+        """The instructions of one optimizer step, a micro batch at a time."""
+        for buffer in range(self.micro_batches):
+            yield self._forward(buffer)
+        for buffer in range(self.micro_batches):
+            yield self._backward(buffer)
+        yield self._step()
+
+    def num_pipe_buffers(self) -> int:
+        """Every micro batch's activations are kept until its backward pass."""
+        return int(self.micro_batches)
+
+
+class NaiveSchedule(_InOrder):
+    """One micro batch in flight: plain layer-wise model parallelism, where one stage works at a time."""
+
+    def steps(self) -> Iterator[Instructions]:
+        """The instructions of one optimizer step, a micro batch at a time."""
+        for _ in range(self.micro_batches):
+            yield [*self._forward(0), *self._backward(0)]
+        yield self._step()
+
+    def num_pipe_buffers(self) -> int:
+        """One, which every micro batch uses in its turn."""
+        return 1
+
+
+SCHEDULES: dict[str, type[PipeSchedule]] = {
+    "1f1b": TrainSchedule,
+    "gpipe": GPipeSchedule,
+    "naive": NaiveSchedule,
+}

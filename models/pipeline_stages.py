@@ -1,0 +1,114 @@
+"""Where a pipeline is cut, how long its stages wait, and how many micro batches they hold.
+
+Imports neither torch nor DeepSpeed: a layout can be planned without them.
+"""
+
+import re
+from itertools import accumulate
+from math import inf
+
+from models.config import GPTConfig, parameters_by_layer
+
+
+def ideal_bubble(schedule: str, stages: int, micro_batches: int) -> float:
+    """The share of a step in which a stage waits, if all passes take equally long and messages no time.
+
+    Source: arXiv:2104.04473, section 2.2, as a share of the whole step and not of its useful part.
+
+    Raises:
+        KeyError: for an unknown schedule.
+    """
+    return {
+        "1f1b": (stages - 1) / (micro_batches + stages - 1),
+        "gpipe": (stages - 1) / (micro_batches + stages - 1),
+        "naive": (stages - 1) / stages,
+    }[schedule]
+
+
+def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
+    """Where the chain is cut: stage s runs layers bounds[s] to bounds[s + 1] - 1.
+
+    Args:
+        config: the model; its chain has `layers + 4` layers.
+        stages: the pipeline parallel size.
+        partition: "parameters" makes the largest stage as small as can be, "uniform" gives each as
+            many layers, and "type:REGEX" as many layers whose name (`models.config`) matches.
+
+    Raises:
+        ValueError: where the partition is none of these, its REGEX matches fewer layers than there are
+            stages, or a stage would have no parameters to train.
+    """
+    layers = parameters_by_layer(config)
+    sizes = [size for _, size in layers]
+    if partition == "parameters":
+        bounds = balanced_bounds(sizes, stages)
+    elif partition == "uniform":
+        bounds = uniform_bounds(len(layers), stages)
+    elif partition.startswith("type:"):
+        pattern = partition.removeprefix("type:")
+        try:
+            matches = [int(bool(re.search(pattern, name, re.IGNORECASE))) for name, _ in layers]
+        except re.error as error:
+            raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+        if sum(matches) < stages:
+            raise ValueError(
+                f"{sum(matches)} layers match '{pattern}', fewer than the {stages} stages; they are "
+                f"token, position, {config.layers} of block, norm and output"
+            )
+        bounds = balanced_bounds(matches, stages)
+    else:
+        raise ValueError(f"'{partition}' is not parameters, uniform or type:REGEX")
+    for stage in range(stages):
+        if not sum(sizes[bounds[stage] : bounds[stage + 1]]):
+            raise ValueError(f"stage {stage} of {stages} would have nothing to train")
+    return bounds
+
+
+def micro_batches_alive(schedule: str, stages: int, stage: int, micro_batches: int) -> int:
+    """Whose activations a stage holds at once, at most: the table of `models/pipeline_schedules.py`."""
+    if stages == 1 or schedule == "naive":
+        return 1
+    return micro_batches if schedule == "gpipe" else min(stages - stage, micro_batches)
+
+
+def uniform_bounds(layers: int, stages: int) -> list[int]:
+    """Cut `layers` layers into runs of equal length; the first runs take the remainder."""
+    length, rest = divmod(layers, stages)
+    return [stage * length + min(stage, rest) for stage in range(stages + 1)]
+
+
+def balanced_bounds(sizes: list[int], stages: int) -> list[int]:
+    """Cut a chain of layers so that the largest and the smallest stage are close.
+
+    Dynamic programming over (layers taken, stages filled), keeping the smallest spread between the
+    largest and the smallest stage. It gives the bounds of DeepSpeed's `partition_balanced`, ties
+    included, which a test compares.
+
+    Args:
+        sizes: parameters (or any cost) of each layer of the chain.
+        stages: the pipeline parallel size.
+
+    Returns:
+        `stages + 1` bounds; stage s holds layers bounds[s] to bounds[s + 1] - 1.
+    """
+    count = len(sizes)
+    if count <= stages:
+        return uniform_bounds(count, stages)
+    before = [0, *accumulate(sizes)]
+    # best[taken]: (largest stage, smallest stage, bounds so far), for the stages filled so far.
+    best: dict[int, tuple[float, float, list[int]]] = {0: (0, inf, [0])}
+    for _ in range(stages):
+        longer: dict[int, tuple[float, float, list[int]]] = {}
+        for taken in range(1, count + 1):
+            spread = inf
+            for start in range(taken):
+                if start not in best:
+                    continue
+                largest, smallest, bounds = best[start]
+                size = before[taken] - before[start]
+                high, low = max(largest, size), min(smallest, size)
+                if high - low <= spread:
+                    spread = high - low
+                    longer[taken] = (high, low, [*bounds, taken])
+        best = longer
+    return best[count][2]
