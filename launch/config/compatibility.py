@@ -88,6 +88,13 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
     Raises:
         UserError: naming the key, the reason and the nearest layout.
     """
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    if stage == 3 and recipe.train.compile:
+        raise UserError(
+            "train.compile: under ZeRO-3 the compiled model trains on wrong gradients on a GPU: torch "
+            "traces DeepSpeed's gathering of weights; use train.compile=false, or "
+            "deepspeed.config=ds_configs/zero2.json"
+        )
     if layout.tensor > 1:
         _check_tensor(config)
     if layout.pipeline > 1:

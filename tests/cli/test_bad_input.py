@@ -45,9 +45,9 @@ OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tensor parallel": (("parallel.tensor=3",), ("parallel.tensor", "use 1 or 2")),
     "ranks and stages": (("parallel.pipeline=2",), ("1 ranks", "start a multiple of 2 ranks")),
     "schedule": (("train.schedule.decay=cosinus",), ("train.schedule.decay", "cosine")),
-    "micro batch": (
-        ("train.micro_batch_size=3",),
-        ("train.micro_batch_size", "does not divide", "--set train.micro_batch_size=2"),
+    "compiled ZeRO-3": (
+        ("deepspeed.zero_optimization.stage=3", "train.compile=true"),
+        ("train.compile", "ZeRO-3", "use train.compile=false"),
     ),
     "missing JSON": (("deepspeed.config=ds_configs/zero11.json",), ("zero11.json", "zero1.json")),
     "no JSON named": (("deepspeed.config=null",), ("deepspeed.config", "ds_configs/zero1.json")),

@@ -55,6 +55,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero3", (TENSOR, "deepspeed.zero_optimization.zero_hpz_partition_size=2"),
         r"zero_hpz_partition_size: it makes groups of neighbouring ranks",
     ),
+    "compiled ZeRO-3": ("zero3", ("train.compile=true",), r"train.compile: .* use train.compile=false, or"),
     "compiled tensor ranks": ("zero1", (TENSOR, "train.compile=true"), r"train.compile: .*=false"),
     "heads": ("zero1", ("parallel.tensor=3",), r"parallel.tensor: 3 ranks do not .* use 2 or 4"),
     "too many key/value heads": (
