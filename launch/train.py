@@ -52,17 +52,13 @@ def train(recipe: Recipe, resume: str | None) -> None:
     prepare_environment()
     layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
 
-    from launch.data.batches import Batches, held_out_share
-    from launch.data.prepare import prepare, tokens_needed
+    from launch.data.batches import held_out_share, load_batches
     from launch.planner.model_size import model_size
     from launch.runtime.op_builder import build_ops, ops_needed, use_private_cache
 
     use_private_cache()
-    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe), say=say)
+    corpus, batches = load_batches(recipe, say)
     check_vocabulary(recipe, corpus)
-    batches = Batches(
-        corpus.train, recipe.data.sequence_length, recipe.train.global_batch_size, recipe.train.seed
-    )
     clock.lap("data")
 
     from launch.checkpoint import checkpoint

@@ -43,8 +43,7 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
 
     from launch.config.layout import plan_layout
     from launch.config.resolve import resolve
-    from launch.data.batches import Batches
-    from launch.data.prepare import prepare, tokens_needed
+    from launch.data.batches import load_batches
     from launch.ds_json.view import compute_dtype
     from launch.parity.compare import compare, key_biases, tolerances_of
     from launch.parity.report import save_picture, table, verdict
@@ -52,16 +51,12 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
 
     layout = plan_layout(recipe, ranks)
     resolve(recipe, layout)
-    single = recipe.on_one_device()
+    single = recipe.on_one_device(layout.micro_batch)
     alone = plan_layout(single, 1)
     ds_config = resolve(single, alone)
     check_comparable(recipe, ds_config)
-    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
-    train = recipe.train
-    batches = Batches(
-        corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
-    )
-    print(f"reference: {train.steps} steps in plain PyTorch on one device", flush=True)
+    _, batches = load_batches(recipe)
+    print(f"reference: {recipe.train.steps} steps in plain PyTorch on one device", flush=True)
     reference = run_reference(single, ds_config, lambda step: batches.rank_batch(step, alone, 0))
     gc.collect()
     if torch.cuda.is_available():

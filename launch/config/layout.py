@@ -19,6 +19,7 @@ class Layout:
     data: int
     micro_batch: int
     accumulation: int
+    lowered_from: int | None = None  # the recipe's micro batch size, where a rank takes fewer
 
     def describe(self) -> str:
         """One line for a person: ranks, degrees, batch."""
@@ -27,11 +28,21 @@ class Layout:
             f"x tensor {self.tensor}; global batch "
             f"{self.data * self.accumulation * self.micro_batch} = data {self.data} x accumulation "
             f"{self.accumulation} x micro batch {self.micro_batch}"
+            f"{self._lowered()}"
         )
+
+    def _lowered(self) -> str:
+        if self.lowered_from is None:
+            return ""
+        share = self.accumulation * self.micro_batch
+        return f", lowered from {self.lowered_from} to divide the {share} sequences of a rank"
 
 
 def plan_layout(recipe: Recipe, world_size: int) -> Layout:
     """Divide the ranks into pipeline x data x tensor, and the global batch into micro batches.
+
+    `train.micro_batch_size` is the most sequences that a rank takes at once: where it does not divide
+    a rank's part of the global batch, the micro batch is the largest smaller size that does.
 
     Raises:
         UserError: where something does not divide; the message names values that do.
@@ -45,20 +56,20 @@ def plan_layout(recipe: Recipe, world_size: int) -> Layout:
         )
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     if batch % data:
-        fitting = [n for n in range(1, batch + 1) if batch % n == 0]
-        below = max((n for n in fitting if n < data), default=1)
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        below = max((n for n in divisors if n < data), default=1)
         raise UserError(
             f"train.global_batch_size: {batch} is no multiple of the data parallel size {data}; "
             f"use {below * tensor * pipeline} ranks, or a global batch of {data * (batch // data + 1)}"
         )
-    accumulation, rest = divmod(batch // data, micro)
-    if rest or not accumulation:
-        largest = max(
-            n for n in range(1, min(micro, batch // data) + 1) if (batch // data) % n == 0
-        )
-        raise UserError(
-            f"train.micro_batch_size: {micro} does not divide the {batch // data} sequences that each "
-            f"of {data} data parallel ranks gets of a global batch of {batch}; "
-            f"use {largest} (--set train.micro_batch_size={largest})"
-        )
-    return Layout(world_size, tensor, pipeline, data, micro, accumulation)
+    share = batch // data
+    fitting = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+    return Layout(
+        world_size=world_size,
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        micro_batch=fitting,
+        accumulation=share // fitting,
+        lowered_from=micro if fitting < micro else None,
+    )

@@ -114,7 +114,10 @@ class Schedule(_Block):
 
 
 class Train(_Block):
-    """How long, how large a batch, and from which seed. Batch sizes count sequences."""
+    """How long, how large a batch, and from which seed. Batch sizes count sequences.
+
+    `micro_batch_size` is the most that a rank takes at once (`launch/config/layout.py`).
+    """
 
     steps: PositiveInt
     global_batch_size: PositiveInt
@@ -162,6 +165,12 @@ class Recipe(_Block):
             values["model"].setdefault("family", "gpt")
         return values
 
-    def on_one_device(self) -> "Recipe":
-        """The same training without model parallelism, for the reference."""
-        return self.model_copy(update={"parallel": Parallel()})
+    def on_one_device(self, micro_batch: int | None = None) -> "Recipe":
+        """The same training without model parallelism, for the reference.
+
+        With `micro_batch`, in micro batches of that size: those of the layout that it is compared with.
+        """
+        train = self.train
+        if micro_batch is not None:
+            train = train.model_copy(update={"micro_batch_size": micro_batch})
+        return self.model_copy(update={"parallel": Parallel(), "train": train})

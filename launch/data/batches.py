@@ -1,12 +1,14 @@
 """Tokens to batches, as a function of (seed, step) alone."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from launch.config.layout import Layout
+from launch.config.schema import Recipe
+from launch.data.prepare import Corpus, prepare, tokens_needed
 from launch.data.token_file import TokenFile
 from launch.errors import UserError
 
@@ -67,6 +69,24 @@ class Batches:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.sequences)
             self._epoch = (epoch, order)
         return self._epoch[1]
+
+
+def load_batches(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Corpus, Batches]:
+    """A recipe's tokenised source, and the batches that its steps take from it.
+
+    Args:
+        recipe: its `data` and `train` blocks decide both.
+        say: receives a line where there is something to tell.
+
+    Raises:
+        UserError: as `prepare` and `Batches`.
+    """
+    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe), say=say)
+    train = recipe.train
+    batches = Batches(
+        corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
+    )
+    return corpus, batches
 
 
 def held_out_share(

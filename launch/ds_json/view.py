@@ -1,9 +1,10 @@
 """What a DeepSpeed JSON asks for: ZeRO stage, dtypes, and the facts that rules look at."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
-def training_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+def training_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
     """The dtype of forward and backward that a DeepSpeed configuration asks for."""
+    import torch
+
     if ds_config.get("bf16", {}).get("enabled", False):
         return torch.bfloat16
     if ds_config.get("fp16", {}).get("enabled", False):
@@ -83,8 +86,10 @@ def training_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     return torch.float32
 
 
-def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+def compute_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
     """The dtype of the matrix products: as `training_dtype`, or what torch_autocast does them in."""
+    import torch
+
     autocast = ds_config.get("torch_autocast") or {}
     if autocast.get("enabled"):
         name = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")

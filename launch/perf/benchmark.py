@@ -146,8 +146,7 @@ def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> Non
 
     from launch.config.layout import plan_layout
     from launch.config.resolve import resolve
-    from launch.data.batches import Batches
-    from launch.data.prepare import prepare, tokens_needed
+    from launch.data.batches import load_batches
     from launch.ds_json.view import training_dtype
     from launch.parity.reference import Reference
     from launch.training.build_model import build_model
@@ -164,11 +163,8 @@ def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> Non
     # One CPU stands for several devices where there are no GPUs: that shows how, not how fast.
     places = [torch.device("cuda", i) if cuda else torch.device("cpu") for i in range(devices)]
     device = places[0]
-    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
     train = recipe.train
-    batches = Batches(
-        corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
-    )
+    _, batches = load_batches(recipe)
     model = build_model(recipe, training_dtype(ds_config), device)
     if devices > 1:
         from models.gpt import GPT

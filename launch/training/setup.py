@@ -42,8 +42,7 @@ def local_engine(values: dict[str, Any], scratch: Path) -> Iterator[LocalEngine]
 
     from launch.config.layout import plan_layout
     from launch.config.resolve import resolve
-    from launch.data.batches import Batches
-    from launch.data.prepare import prepare, tokens_needed
+    from launch.data.batches import load_batches
     from launch.deepspeed_patches.nvme_folder import make_empty, remove, with_own_swap_folder
     from launch.runtime.op_builder import build_ops, ops_needed, use_private_cache
     from launch.training.engine import build_engine, make_topology
@@ -51,13 +50,7 @@ def local_engine(values: dict[str, Any], scratch: Path) -> Iterator[LocalEngine]
     use_private_cache()
     recipe = recipe_from_dict(values)
     layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
-    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
-    batches = Batches(
-        corpus.train,
-        recipe.data.sequence_length,
-        recipe.train.global_batch_size,
-        recipe.train.seed,
-    )
+    _, batches = load_batches(recipe)
     ds_config, swap_folders = with_own_swap_folder(resolve(recipe, layout), scratch)
     build_ops(ops_needed(ds_config), print)
     if os.environ["LOCAL_RANK"] == "0":

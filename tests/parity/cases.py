@@ -11,8 +11,7 @@ from launch.config.layout import plan_layout
 from launch.config.load import load_recipe, recipe_from_dict
 from launch.config.resolve import resolve
 from launch.config.schema import Recipe
-from launch.data.batches import Batches
-from launch.data.prepare import prepare, tokens_needed
+from launch.data.batches import load_batches
 from launch.parity.compare import Difference, compare, key_biases, tolerances_of
 from launch.parity.run import Trace, run_layout, run_reference
 from launch.paths import ROOT
@@ -127,11 +126,7 @@ class Workbench:
         ]
         key = json.dumps([*parts, ds_config["optimizer"]["params"]], sort_keys=True)
         if key not in self._references:
-            corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe))
-            train = recipe.train
-            batches = Batches(
-                corpus.train, recipe.data.sequence_length, train.global_batch_size, train.seed
-            )
+            _, batches = load_batches(recipe)
             self._references[key] = run_reference(
                 recipe_from_dict(values), ds_config, lambda step: batches.rank_batch(step, alone, 0)
             )

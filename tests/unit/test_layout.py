@@ -20,7 +20,6 @@ def recipe(batch: int, micro: int, **parallel: int) -> Recipe:
         "deepspeed": {"config": "ds_configs/zero1.json"},
     }
     read = recipe_from_dict(values)
-    # `Recipe.check` refuses model parallelism still; the arithmetic already has it.
     return read.model_copy(update={"parallel": read.parallel.model_copy(update=parallel)})
 
 
@@ -62,16 +61,6 @@ def test_model_parallel_ranks_share_a_batch() -> None:
             "train.global_batch_size: 16 is no multiple of the data parallel size 32; "
             "use 16 ranks, or a global batch of 32",
         ),
-        (
-            2, 12, 4,
-            "train.micro_batch_size: 4 does not divide the 6 sequences that each of 2 data parallel "
-            "ranks gets of a global batch of 12; use 3 (--set train.micro_batch_size=3)",
-        ),
-        (
-            4, 16, 8,
-            "train.micro_batch_size: 8 does not divide the 4 sequences that each of 4 data parallel "
-            "ranks gets of a global batch of 16; use 4 (--set train.micro_batch_size=4)",
-        ),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_refused(ranks: int, batch: int, micro: int, message: str) -> None:
@@ -87,13 +76,22 @@ def test_the_advice_works(ranks: int) -> None:
         plan_layout(recipe(batch, micro), ranks)
     except UserError as error:
         advised_ranks = re.search(r"use (\d+) ranks, or a global batch of (\d+)", str(error))
-        advised_micro = re.search(r"micro_batch_size=(\d+)", str(error))
-        if advised_ranks:
-            plan_layout(recipe(batch, 1), int(advised_ranks[1]))
-            plan_layout(recipe(int(advised_ranks[2]), 1), ranks)
-        else:
-            assert advised_micro
-            plan_layout(recipe(batch, int(advised_micro[1])), ranks)
+        assert advised_ranks
+        plan_layout(recipe(batch, 1), int(advised_ranks[1]))
+        plan_layout(recipe(int(advised_ranks[2]), 1), ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "micro", "expected", "accumulation"),
+    [(4, 16, 8, 4, 1), (2, 12, 4, 3, 2), (1, 14, 4, 2, 7), (1, 7, 4, 1, 7), (16, 16, 8, 1, 1)],
+)
+def test_a_micro_batch_is_the_most_that_a_rank_takes(
+    ranks: int, batch: int, micro: int, expected: int, accumulation: int
+) -> None:
+    layout = plan_layout(recipe(batch, micro), ranks)
+    assert (layout.micro_batch, layout.accumulation) == (expected, accumulation)
+    assert layout.data * layout.accumulation * layout.micro_batch == batch
+    assert f"micro batch {expected}, lowered from {micro} to divide the" in layout.describe()
 
 
 def test_ranks_that_model_parallelism_does_not_divide() -> None:
