@@ -103,8 +103,9 @@ def test_every_file_is_named_and_every_name_is_a_file() -> None:
     named = set(re.findall(r"[\w./]+\.(?:py|md|yaml|json)\b", TEXT)) - {"pair.py"}
     for name in named:
         assert (ROOT / name).is_file() or (ROOT / "models" / name).is_file(), name
-    for file in (ROOT / "models").glob("[!_]*.py"):
-        assert f"| [{file.name}]({file.name}) |" in TEXT, f"{file.name} is not in the reading order"
+    for file in (ROOT / "models").rglob("[!_]*.py"):
+        name = file.relative_to(ROOT / "models").as_posix()
+        assert f"| [{name}]({name}) |" in TEXT, f"{name} is not in the reading order"
     for row in table("counted: tensor"):
         for name in re.findall(r"`(\w{2,})`", row.cells["where"]):
             assert any(hasattr(module, name) for module in (gpt, tp_layers, tp_ops)), name
@@ -269,9 +270,11 @@ def run_the_example(folder: Path) -> tuple[str, set[str]]:
 def test_the_pair_of_layers_can_be_copied(tmp_path: Path) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.S | re.M)
     (tmp_path / "pair.py").write_text(block)
-    (tmp_path / "models").mkdir()
-    for name in ("tp_ops.py", "tp_layers.py"):
-        shutil.copy(ROOT / "models" / name, tmp_path / "models")
+    shutil.copytree(ROOT / "models" / "parallel", tmp_path / "models" / "parallel")
     for printed, loaded in run_ranks(run_the_example, 2, tmp_path):
         assert "[32, 16] of [64, 16], same gradients" in printed
-        assert loaded == {"models.parallel.collectives", "models.parallel.tensor_parallel"}
+        assert loaded == {
+            "models.parallel",
+            "models.parallel.collectives",
+            "models.parallel.tensor_parallel",
+        }

@@ -38,6 +38,9 @@ def test_imports_run_one_way(file: Path) -> None:
     if folder == "models":
         # The pipeline is DeepSpeed's; the layers and their cuts are anyone's.
         assert "deepspeed" not in found or file.stem in ("pipeline", "pipeline_schedules")
+    if file.is_relative_to(ROOT / "models" / "parallel"):
+        # Copyable as a folder: it knows neither the model nor anything else of the project.
+        assert "from models" not in file.read_text().replace("from models.parallel.", "")
 
 
 # The packages of launch/ by floor: a package may import what lies on a lower line, and never its own.

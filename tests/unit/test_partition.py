@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import combinations, pairwise
+from random import Random
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from models.config import SIZES, GPTConfig, count_parameters, parameters_by_laye
 from models.gpt import GPT
 from models.parallel.topology import ONE_RANK
 from models.pipeline import layer_specs
-from models.pipeline_stages import stage_bounds
+from models.pipeline_stages import balanced_bounds, stage_bounds, uniform_bounds
 
 TINY, LLAMA = SIZES["tiny"], SIZES["tiny_llama"]
 
@@ -122,3 +123,17 @@ def test_a_stage_without_parameters_is_refused(partition: str) -> None:
         stage_bounds(TINY, 9, partition)  # its chain has 8 layers
     with pytest.raises(ValueError, match="nothing to train"):
         stage_bounds(LLAMA, 8, partition)  # with RoPE, the layer of positions has none
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chains_are_cut_where_deepspeed_would_cut_them(seed: int) -> None:
+    from deepspeed.runtime.utils import partition_balanced, partition_uniform
+
+    random = Random(seed)
+    for _ in range(20):
+        chain = [
+            random.choice([0, 1, 5, random.randrange(1000)]) for _ in range(random.randint(1, 24))
+        ]
+        stages = random.randint(1, 8)
+        assert balanced_bounds(chain, stages) == [int(b) for b in partition_balanced(chain, stages)]
+        assert uniform_bounds(len(chain), stages) == list(partition_uniform(len(chain), stages))
