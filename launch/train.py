@@ -24,6 +24,7 @@ from launch.config.cli_args import add_recipe_arguments
 from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
 from launch.config.schema import GPTModel, Recipe
+from launch.deepspeed_patches.versions import check_version
 from launch.errors import UserError
 from launch.runtime.console import Stopwatch, say
 from launch.runtime.failures import one_line_errors
@@ -207,6 +208,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="with --dry-run: as if on N ranks (default: those started)",
     )
+    parser.add_argument(
+        "--allow-untested-deepspeed",
+        action="store_true",
+        help="train with a release of DeepSpeed that the workarounds were not tested with",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.list and not arguments.config:
@@ -231,6 +237,7 @@ def main() -> None:
             world_size = arguments.ranks or int(os.environ.get("WORLD_SIZE", "1"))
             print_dry_run(load_recipe(arguments.config, arguments.set), world_size)
             return
+        check_version(arguments.allow_untested_deepspeed)
         train(load_recipe(arguments.config, arguments.set), arguments.resume)
         leave()
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from launch.checkpoint import checkpoint
+from launch.checkpoint import checkpoint, resume
 from launch.checkpoint.manifest import MANIFEST
 from launch.checkpoint.resume import choose_start
 from launch.config.layout import plan_layout
 from launch.config.load import recipe_from_dict
 from launch.config.schema import Recipe
 from launch.errors import UserError
-from launch.runtime import run_dir as run_folder
 from launch.runtime.run_dir import RunFolder, claim
 from tests.resume.runs import steps_logged, train, values, write_text
 
@@ -126,7 +125,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
 def test_runs_that_start_in_the_same_second_get_folders_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    monkeypatch.setattr(resume, "ROOT", tmp_path)
     starts = [choose_start(_recipe(tmp_path, dir=None), None) for _ in range(3)]
     folders = {start.folder.path for start in starts}
     assert len(folders) == 3
@@ -136,7 +135,7 @@ def test_runs_that_start_in_the_same_second_get_folders_of_their_own(
 def test_auto_looks_through_the_recipes_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    monkeypatch.setattr(resume, "ROOT", tmp_path)
     runs = tmp_path / "runs/resumed"
     saved = _saved(runs / "20260101-000000", 2)
     _saved(runs / "20260102-000000")
