@@ -20,8 +20,8 @@ from tests.unit.test_tokenizer import train_tokenizer
 CHILD = """
 import os, signal, sys
 import launch.data.token_file
-from launch.data import prepare
-from launch.recipe import Data
+from launch.data.prepare import prepare
+from launch.config.schema import Data
 source, cache, kill_after = sys.argv[1], sys.argv[2], int(sys.argv[3])
 add = launch.data.token_file.SplitWriter.add
 count = 0

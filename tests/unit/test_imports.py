@@ -1,6 +1,7 @@
 """Imports run one way: scripts -> launch -> models. And what needs no framework imports none."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,43 @@ def test_no_file_hides_a_library(folder: str) -> None:
     )
     names = {file.stem for file in (ROOT / folder).glob("*.py")} - {"__init__"}
     assert not names & (used - MAY_IMPORT.keys())
+
+
+# Text that names a module or a file: strings, comments, templates, pages. A changelog tells old names too.
+TEXTS = [
+    *FILES,
+    *(f for f in ROOT.glob("*.md") if f.name != "CHANGELOG.md"),
+    *(f for top in ("launch", "models", "recipes", "ds_configs") for f in (ROOT / top).rglob("*.md")),
+    *(ROOT / "launch").rglob("*.j2"),
+]  # fmt: skip
+
+
+def names_of_nothing(text: str) -> list[str]:
+    """Paths and dotted modules of launch/ and models/ that a text names and that do not exist."""
+    paths = re.findall(r"\b(?:launch|models)/[\w/]+\.(?:py|md|j2|yaml)\b", text)
+    missing = [path for path in paths if not (ROOT / path).is_file()]
+    for name in re.findall(r"(?<![\w./-])(?:launch|models)(?:\.[a-z_0-9]+)+\b", text):
+        place = ROOT
+        for part in name.split("."):
+            place = place / part
+            if place.with_suffix(".py").is_file():
+                break  # what follows is a name inside the module
+            if not place.is_dir():
+                missing.append(name)
+                break
+    return missing
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_modules_and_files_that_texts_name_exist(file: Path) -> None:
+    missing = set(names_of_nothing(file.read_text()))
+    # The launcher's own file; and the names that the test below makes up.
+    assert missing - {"launch.py", "launch.old.thing", "models/old.py"} == set()
+
+
+def test_the_check_sees_a_name_of_nothing() -> None:
+    assert names_of_nothing("python -m launch.old.thing and models/old.py") == [
+        "models/old.py",
+        "launch.old.thing",
+    ]
+    assert names_of_nothing("launch.config.load.load_recipe, models/gpt.py") == []
