@@ -155,7 +155,7 @@ def notes(job: Job) -> list[str]:
     if job.layout.tensor > job.gpus_per_node:
         found.append(
             f"note: tensor parallel size {job.layout.tensor} is larger than the {job.gpus_per_node} "
-            "GPUs of a node: each layer's all-reduces cross the network. See recipes/README.md"
+            "GPUs of a node: each layer's all-reduces cross the network. See recipes/BENCHMARKS.md"
         )
     if not job.recipe.checkpoint.every:
         found.append(

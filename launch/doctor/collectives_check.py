@@ -74,6 +74,9 @@ def _judge(where: str, found: dict[str, Any]) -> Line:
     )
     if found["bus_gb_s"] < SLOW_BUS_GB_S[found["backend"]]:
         return Line(
-            "warn", where, text, "slow: choose a layout that sends little, see recipes/README.md"
+            "warn",
+            where,
+            text,
+            "slow: choose a layout that sends little, see recipes/BENCHMARKS.md",
         )
     return Line("ok", where, text)

@@ -23,6 +23,7 @@ DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     "recipes/README.md",
+    "recipes/BENCHMARKS.md",
     "ds_configs/README.md",
     "models/README.md",
     "launch/README.md",
