@@ -13,7 +13,7 @@ from models.pipeline_schedules import SCHEDULES, KeepLoss, TakeLoss
 
 
 def sum_tied_gradients_where_they_are(engine: PipelineEngine) -> None:
-    """Mend DeepSpeed 0.19.8 where gradients are accumulated in fp32 beside a 16-bit model.
+    """Work around DeepSpeed 0.19.8 where gradients are accumulated in fp32 beside a 16-bit model.
 
     There ZeRO-1 (in fp16, or offloaded; not BF16_Optimizer) moves each micro batch's gradient to
     `grad_accum`, and the pipeline engine adds up the tied copies' `grad`, which is then empty: each copy

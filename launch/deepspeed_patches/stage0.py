@@ -12,7 +12,7 @@ from models.parallel.topology import Topology
 
 
 def undo_step_taken_at_construction(engine: DeepSpeedEngine) -> None:
-    """Mend DeepSpeed 0.19.8 at stage 0 in bf16 or fp16 (and nowhere else).
+    """Work around DeepSpeed 0.19.8 at stage 0 in bf16 or fp16 (and nowhere else).
 
     To allocate Adam's state, FP16_UnfusedOptimizer steps on zero gradients. That decays the weights
     once, and the first real step then has the bias correction of a second one: its update is 0.73
@@ -29,7 +29,7 @@ def undo_step_taken_at_construction(engine: DeepSpeedEngine) -> None:
 
 
 def mark_gradients(engine: DeepSpeedEngine) -> None:
-    """Mend the gradient norm of DeepSpeed 0.19.8 at stage 0 in bf16 or fp16 (and nowhere else).
+    """Work around the gradient norm of DeepSpeed 0.19.8 at stage 0 in bf16 or fp16 (and nowhere else).
 
     FP16_UnfusedOptimizer looks for the mark of a shard on the gradients, and only parameters have it:
     the shards of all tensor ranks but the first are left out of the norm, and of the clipping.
