@@ -53,10 +53,11 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     config["train_batch_size"] = layout.data * layout.accumulation * layout.micro_batch
     config["steps_per_print"] = _NEVER_PRINT
     check_composition(recipe, config, layout)
-    if layout.pipeline > 1 and recipe.parallel.sequence:
+    stages = config.get("pipeline", {})
+    if layout.pipeline > 1 and recipe.parallel.sequence and isinstance(stages, dict):
         # DeepSpeed cuts what tensor ranks send to the next stage; here it is cut already.
         config["pipeline"] = {
-            **config.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False
+            **stages, "pipe_partitioned": False, "grad_partitioned": False
         }  # fmt: skip
     errors = [finding for finding in _lint(config, layout) if finding.level == "error"]
     if errors:

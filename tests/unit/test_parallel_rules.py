@@ -81,6 +81,16 @@ def test_it_is_refused_in_one_line(case: str) -> None:
     assert re.search(message, str(caught.value)), caught.value
 
 
+@pytest.mark.parametrize("layout", [(), (TENSOR,), (PIPELINE,), (TENSOR, PIPELINE, SEQUENCE)])
+@pytest.mark.parametrize(
+    "block", ["zero_optimization=auto", "zero_optimization.stage=auto", "bf16=-1", "pipeline=0.5"]
+)
+def test_a_block_of_the_wrong_type_is_one_line(layout: tuple[str, ...], block: str) -> None:
+    with pytest.raises(UserError, match=rf"deepspeed\.{block.partition('=')[0]}: ") as caught:
+        read("zero1", *layout, f"deepspeed.{block}")
+    assert "\n" not in str(caught.value)
+
+
 def test_what_composes_is_accepted() -> None:
     for stem, overrides in (
         ("zero0", (PIPELINE,)), ("zero1", (PIPELINE, TENSOR)), ("zero3", (TENSOR, SEQUENCE)),
