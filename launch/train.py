@@ -100,11 +100,13 @@ def train(recipe: Recipe, resume: str | None) -> None:
         recipe.data.sequence_length,
         recipe.train.eval_batches * recipe.train.global_batch_size,
         recipe.train.micro_batch_size,
-        topology.data_rank,
-        layout.data,
+        topology.get_data_parallel_rank(),
+        layout.grid["data"],
     )
     engine = build_engine(recipe, ds_config, ranks, topology)
-    seed_generators(recipe.train.seed, topology.stage, topology.data_rank)
+    seed_generators(
+        recipe.train.seed, topology.coordinates["pipeline"], topology.get_data_parallel_rank()
+    )
     if start.checkpoint:
         checkpoint.load(engine, start.checkpoint, ranks)
     clock.lap("engine")
@@ -119,7 +121,9 @@ def train(recipe: Recipe, resume: str | None) -> None:
     steps, eval_every = recipe.train.steps, recipe.train.eval_every
     save_every, stopping = recipe.checkpoint.every, False
     for step in range(done + 1, steps + 1):
-        result = train_step(engine, batches.rank_batch(step - 1, layout, topology.data_rank))
+        result = train_step(
+            engine, batches.rank_batch(step - 1, layout, topology.get_data_parallel_rank())
+        )
         check_finite(step, result)
         if metrics:
             metrics.log(step, result)
@@ -159,7 +163,7 @@ def check_vocabulary(recipe: Recipe, corpus: "Corpus") -> None:
     """
     if not isinstance(recipe.model, GPTModel):
         return
-    vocab = recipe.model.gpt_config().vocab
+    vocab = recipe.model.shape.vocab
     if corpus.tokenizer.vocab_size > vocab:
         raise UserError(
             f"data.tokenizer: {recipe.data.tokenizer} has {corpus.tokenizer.vocab_size} tokens, and the "

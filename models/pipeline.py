@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from models.config import GPTConfig
 from models.gpt import Block, Output, Position, norm_class, rotary_table
 from models.parallel.cross_entropy import vocab_parallel_cross_entropy
+from models.parallel.grid import Grid
 from models.parallel.tensor_parallel import VocabParallelEmbedding, column_parallel
-from models.parallel.topology import Grid, TensorParallel
+from models.parallel.topology import TensorParallel
 from models.pipeline_stages import stage_bounds
 
 _TIED_KEY = "token"
@@ -98,12 +99,12 @@ class GPTPipeline(PipelineModule):
         checkpoint_activations: bool = False,
     ) -> None:
         # Before nn.Module.__init__ plain values only: PipelineModule cuts and builds in its own.
-        self.bounds = stage_bounds(config, grid.pipeline, partition)
+        self.bounds = stage_bounds(config, grid["pipeline"], partition)
         self.config, self.tp_group = config, tp.group
         super().__init__(
             layers=layer_specs(config, tp, checkpoint_activations),
             topology=PipeModelDataParallelTopology(
-                num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data
+                num_pp=grid["pipeline"], num_mp=grid["tensor"], num_dp=grid["data"]
             ),
             loss_fn=self.loss,
         )

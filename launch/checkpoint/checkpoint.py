@@ -58,7 +58,7 @@ def identity(
     `ds_config` is the resolved JSON, and `corpus` the fingerprint of the tokens.
     """
     return {
-        "world_size": layout.world_size,
+        "world_size": layout.grid.world_size,
         "recipe": recipe.model_dump(mode="json", exclude={"deepspeed"}),
         "deepspeed": ds_config,
         "corpus": corpus,

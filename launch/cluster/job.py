@@ -152,10 +152,11 @@ def _mount(cluster: str, site: Site) -> str:
 def notes(job: Job) -> list[str]:
     """What a person should know before the job runs, though it is allowed."""
     found = []
-    if job.layout.tensor > job.gpus_per_node:
+    if job.layout.grid["tensor"] > job.gpus_per_node:
         found.append(
-            f"note: tensor parallel size {job.layout.tensor} is larger than the {job.gpus_per_node} "
-            "GPUs of a node: each layer's all-reduces cross the network. See recipes/BENCHMARKS.md"
+            f"note: tensor parallel size {job.layout.grid['tensor']} is larger than the "
+            f"{job.gpus_per_node} GPUs of a node: each layer's all-reduces cross the network. "
+            "See recipes/BENCHMARKS.md"
         )
     if not job.recipe.checkpoint.every:
         found.append(

@@ -37,7 +37,7 @@ def check_parallel(recipe: "Recipe") -> None:
     if recipe.model.family == "hf":
         _check_hf(recipe)
         return
-    config = recipe.model.gpt_config()
+    config = recipe.model.shape
     if not _divides(config, parallel.tensor):
         fitting = [n for n in range(1, config.heads + 1) if _divides(config, n)]
         near = sorted(fitting, key=lambda n: abs(n - parallel.tensor))[:2]
@@ -95,9 +95,9 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
             "traces DeepSpeed's gathering of weights; use train.compile=false, or "
             "deepspeed.config=ds_configs/zero2.json"
         )
-    if layout.tensor > 1:
+    if layout.grid["tensor"] > 1:
         _check_tensor(config)
-    if layout.pipeline > 1:
+    if layout.grid["pipeline"] > 1:
         _check_pipeline(recipe, config, layout)
 
 
@@ -145,7 +145,8 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
         )
     # Both default to whether there are tensor ranks.
     cut = [
-        bool(settings.get(k, layout.tensor > 1)) for k in ("pipe_partitioned", "grad_partitioned")
+        bool(settings.get(k, layout.grid["tensor"] > 1))
+        for k in ("pipe_partitioned", "grad_partitioned")
     ]
     if cut[0] != cut[1] and not recipe.parallel.sequence:
         raise UserError(
@@ -161,7 +162,7 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
                 )
     model: Any = recipe.model
     try:
-        stage_bounds(model.gpt_config(), layout.pipeline, recipe.parallel.partition)
+        stage_bounds(model.shape, layout.grid["pipeline"], recipe.parallel.partition)
     except ValueError as error:
         raise UserError(
             f"parallel.partition: {error}; use parameters, uniform or type:block, or fewer stages"

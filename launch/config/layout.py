@@ -1,22 +1,21 @@
 """The batch arithmetic: how a recipe's global batch is divided over ranks and time."""
 
+import math
 from dataclasses import dataclass
 
 from launch.config.schema import Recipe
 from launch.errors import UserError
+from models.parallel.grid import Grid
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What each rank does in one step.
+    """The ranks' grid, and what each of them does in one step.
 
-    `global_batch = data * accumulation * micro_batch`, in sequences.
+    The global batch is `grid["data"] * accumulation * micro_batch` sequences.
     """
 
-    world_size: int
-    tensor: int
-    pipeline: int
-    data: int
+    grid: Grid
     micro_batch: int
     accumulation: int
     lowered_from: int | None = None  # the recipe's micro batch size, where a rank takes fewer
@@ -24,12 +23,15 @@ class Layout:
     def describe(self) -> str:
         """One line for a person: ranks, degrees, batch."""
         return (
-            f"{self.world_size} ranks = pipeline {self.pipeline} x data {self.data} "
-            f"x tensor {self.tensor}; global batch "
-            f"{self.data * self.accumulation * self.micro_batch} = data {self.data} x accumulation "
-            f"{self.accumulation} x micro batch {self.micro_batch}"
-            f"{self._lowered()}"
+            f"{self.grid.world_size} ranks = {self.grid.describe()}; global batch "
+            f"{self.global_batch} = data {self.grid['data']} x accumulation {self.accumulation} "
+            f"x micro batch {self.micro_batch}{self._lowered()}"
         )
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences in one step of all ranks."""
+        return self.grid["data"] * self.accumulation * self.micro_batch
 
     def _lowered(self) -> str:
         if self.lowered_from is None:
@@ -39,7 +41,7 @@ class Layout:
 
 
 def plan_layout(recipe: Recipe, world_size: int) -> Layout:
-    """Divide the ranks into pipeline x data x tensor, and the global batch into micro batches.
+    """Divide the ranks into the axes of the grid, and the global batch into micro batches.
 
     `train.micro_batch_size` is the most sequences that a rank takes at once: where it does not divide
     a rank's part of the global batch, the micro batch is the largest smaller size that does.
@@ -47,12 +49,14 @@ def plan_layout(recipe: Recipe, world_size: int) -> Layout:
     Raises:
         UserError: where something does not divide; the message names values that do.
     """
-    tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
-    data, rest = divmod(world_size, tensor * pipeline)
+    degrees = recipe.parallel.degrees()
+    model_size = math.prod(degrees.values())
+    data, rest = divmod(world_size, model_size)
     if rest or not data:
+        named = " x ".join(f"{axis} {degree}" for axis, degree in degrees.items())
         raise UserError(
-            f"parallel: {world_size} ranks are no multiple of tensor {tensor} x pipeline {pipeline}; "
-            f"start a multiple of {tensor * pipeline} ranks"
+            f"parallel: {world_size} ranks are no multiple of {named}; "
+            f"start a multiple of {model_size} ranks"
         )
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     if batch % data:
@@ -60,15 +64,12 @@ def plan_layout(recipe: Recipe, world_size: int) -> Layout:
         below = max((n for n in divisors if n < data), default=1)
         raise UserError(
             f"train.global_batch_size: {batch} is no multiple of the data parallel size {data}; "
-            f"use {below * tensor * pipeline} ranks, or a global batch of {data * (batch // data + 1)}"
+            f"use {below * model_size} ranks, or a global batch of {data * (batch // data + 1)}"
         )
     share = batch // data
     fitting = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
     return Layout(
-        world_size=world_size,
-        tensor=tensor,
-        pipeline=pipeline,
-        data=data,
+        grid=Grid(data=data, **degrees),
         micro_batch=fitting,
         accumulation=share // fitting,
         lowered_from=micro if fitting < micro else None,

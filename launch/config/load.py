@@ -92,7 +92,7 @@ def _check(recipe: Recipe) -> None:
     if not isinstance(recipe.deepspeed.get("config"), str):
         raise UserError("deepspeed.config: name a JSON file, for example ds_configs/zero1.json")
     if isinstance(recipe.model, GPTModel):
-        context = recipe.model.gpt_config().context
+        context = recipe.model.shape.context
         if recipe.data.sequence_length > context:
             raise UserError(
                 f"data.sequence_length: {recipe.data.sequence_length} is more than the model's "

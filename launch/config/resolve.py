@@ -50,11 +50,11 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         raise UserError(f"{path}: optimizer: a recipe's JSON must name one, with its parameters")
     config["train_micro_batch_size_per_gpu"] = layout.micro_batch
     config["gradient_accumulation_steps"] = layout.accumulation
-    config["train_batch_size"] = layout.data * layout.accumulation * layout.micro_batch
+    config["train_batch_size"] = layout.global_batch
     config["steps_per_print"] = _NEVER_PRINT
     check_composition(recipe, config, layout)
     stages = config.get("pipeline", {})
-    if layout.pipeline > 1 and recipe.parallel.sequence and isinstance(stages, dict):
+    if layout.grid["pipeline"] > 1 and recipe.parallel.sequence and isinstance(stages, dict):
         # DeepSpeed cuts what tensor ranks send to the next stage; here it is cut already.
         config["pipeline"] = {
             **stages, "pipe_partitioned": False, "grad_partitioned": False
@@ -67,8 +67,8 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         raise UserError(" | ".join(lines[:_SHOWN_ERRORS]) + rest)
     # What DeepSpeed takes for granted; the run folder's copy should say it.
     config.setdefault("gradient_clipping", 1.0)
-    if recipe.model.family == "hf" and layout.tensor > 1:
-        config = with_autotp(config, layout.tensor)
+    if recipe.model.family == "hf" and layout.grid["tensor"] > 1:
+        config = with_autotp(config, layout.grid["tensor"])
     return config
 
 
@@ -82,7 +82,7 @@ def warnings(config: dict[str, Any], layout: Layout) -> list[str]:
 
 
 def _lint(config: dict[str, Any], layout: Layout) -> list[Finding]:
-    return lint(config, world_size=layout.data)
+    return lint(config, world_size=layout.grid["data"])
 
 
 def _locate(name: str) -> Path:

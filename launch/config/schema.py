@@ -1,49 +1,52 @@
 """The schema of a recipe: frozen, validated blocks; an unknown key is an error."""
 
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, create_model, model_validator
 
 from launch.errors import UserError, nearest_or_all
 from models.config import SIZES, GPTConfig, with_changes
+from models.parallel.grid import AXES
 
 
 class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class GPTModel(_Block):
-    """Our own decoder: a size from the table, fields of `GPTConfig`, or both (fields win)."""
-
+class _Size(_Block):
     family: Literal["gpt"] = "gpt"
     size: str | None = None
-    layers: PositiveInt | None = None
-    hidden: PositiveInt | None = None
-    heads: PositiveInt | None = None
-    kv_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    ffn: PositiveInt | None = None
-    vocab: PositiveInt | None = None
-    context: PositiveInt | None = None
-    position: Literal["learned", "rope"] | None = None
-    rope_theta: float | None = None
-    norm: Literal["layernorm", "rmsnorm"] | None = None
-    norm_eps: float | None = None
-    mlp: Literal["gelu", "swiglu"] | None = None
-    bias: bool | None = None
-    qk_norm: bool | None = None
-    tied: bool | None = None
-    dropout: float | None = None
-    init_std: float | None = None
+
+
+if TYPE_CHECKING:
+    _Shape = _Size
+else:
+    # Every field of GPTConfig, checked as there, and None where a recipe leaves it out.
+    _Shape = create_model(
+        "_Shape",
+        __base__=_Size,
+        **{
+            field.name: ((PositiveInt if field.type is int else field.type) | None, None)
+            for field in fields(GPTConfig)
+        },
+    )
+
+
+class GPTModel(_Shape):
+    """Our own decoder: a size from the table, fields of `GPTConfig`, or both (fields win)."""
+
     checkpoint_activations: bool = False
 
-    def gpt_config(self) -> GPTConfig:
-        """The model's shape.
+    @cached_property
+    def shape(self) -> GPTConfig:
+        """The model's shape, with everything filled in.
 
         Raises:
             UserError: for an unknown size, or sizes that contradict each other.
         """
-        given = self.model_dump(exclude={"family", "size", "checkpoint_activations"})
+        given = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
         changes = {name: value for name, value in given.items() if value is not None}
         if self.size is not None and self.size not in SIZES:
             raise UserError(
@@ -95,7 +98,8 @@ class Parallel(_Block):
 
     `sequence` is Megatron's sequence parallelism, over the tensor ranks. `schedule` orders the
     passes of a pipeline (`models/pipeline_schedules.py`), and `partition` says where its layers are cut:
-    parameters, uniform or type:REGEX (`models/pipeline.py`).
+    parameters, uniform or type:REGEX (`models/pipeline.py`). Every axis of `models/parallel/grid.py` but
+    the data axis has a field of its name.
     """
 
     tensor: PositiveInt = 1
@@ -103,6 +107,10 @@ class Parallel(_Block):
     sequence: bool = False
     schedule: Literal["1f1b", "gpipe", "naive"] = "1f1b"
     partition: str = "parameters"
+
+    def degrees(self) -> dict[str, int]:
+        """The number of ranks along each axis of the grid but the data axis."""
+        return {axis: getattr(self, axis) for axis in reversed(AXES) if axis != "data"}
 
 
 class Schedule(_Block):

@@ -59,7 +59,7 @@ class Batches:
         Returns:
             int64 ids of shape [accumulation, micro_batch, sequence_length + 1].
         """
-        shape = (layout.accumulation, layout.data, layout.micro_batch)
+        shape = (layout.accumulation, layout.grid["data"], layout.micro_batch)
         mine = self.indices(step).reshape(shape)[:, data_rank]
         rows = _rows(self.tokens, mine.ravel().tolist(), self.sequence_length)
         return rows.view(layout.accumulation, layout.micro_batch, -1)

@@ -55,7 +55,9 @@ def count_each_parameter_once(engine: DeepSpeedEngine, topology: Topology) -> No
     for parameter in engine.module.parameters():
         shard = getattr(parameter, "tensor_model_parallel", False)
         copy = getattr(parameter, "ds_pipe_replicated", False)
-        parameter.tensor_model_parallel = (shard or topology.tensor_rank == 0) and not copy
+        parameter.tensor_model_parallel = (
+            shard or topology.coordinates["tensor"] == 0
+        ) and not copy
 
 
 def keep_norm(engine: DeepSpeedEngine) -> None:

@@ -101,7 +101,7 @@ def tolerances_of(recipe: Recipe, ds_config: dict[str, Any]) -> Tolerances:
 def layer_count(recipe: Recipe) -> int:
     """Depth of the recipe's model in blocks."""
     if not isinstance(recipe.model, HFModel):
-        return recipe.model.gpt_config().layers
+        return recipe.model.shape.layers
     model: Any = meta_model(recipe)
     return int(model.model.config.num_hidden_layers)
 
@@ -119,7 +119,7 @@ def key_biases(recipe: Recipe) -> dict[str, slice]:
     model = meta_model(recipe)
     found: dict[str, slice] = {}
     if not isinstance(recipe.model, HFModel):
-        config = recipe.model.gpt_config()
+        config = recipe.model.shape
         if config.qk_norm:
             return {}
         first = config.heads * config.head_dim

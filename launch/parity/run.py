@@ -86,7 +86,7 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
 
 def _dropouts(recipe: Recipe) -> dict[str, float]:
     if not isinstance(recipe.model, HFModel):
-        value = recipe.model.gpt_config().dropout
+        value = recipe.model.shape.dropout
         return {"model.dropout": value} if value else {}
     from models.hf import dropouts
 

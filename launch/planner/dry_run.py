@@ -61,12 +61,14 @@ def print_dry_run(recipe: Recipe, world_size: int) -> None:
     """Resolved recipe and JSON, layout and batch, parameters, memory. Nothing is trained."""
     layout = plan_layout(recipe, world_size)
     ds_config = resolve(recipe, layout)
-    if isinstance(recipe.model, HFModel) and layout.tensor > 1:
+    if isinstance(recipe.model, HFModel) and layout.grid["tensor"] > 1:
         from launch.deepspeed_patches.autotp import check_plan
         from launch.ds_json.view import zero_stage
         from launch.training.build_model import meta_model
 
-        check_plan(cast("HFCausalLM", meta_model(recipe)), layout.tensor, zero_stage(ds_config))
+        check_plan(
+            cast("HFCausalLM", meta_model(recipe)), layout.grid["tensor"], zero_stage(ds_config)
+        )
     parameters, flops = model_size(recipe)
     tokens = recipe.train.global_batch_size * recipe.data.sequence_length
     print(f"# recipe {recipe.name}, resolved")

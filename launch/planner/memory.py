@@ -55,16 +55,16 @@ def estimate(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> Memor
         ValueError: where the layers cannot be cut as `parallel.partition` says.
     """
     assert isinstance(recipe.model, GPTModel)
-    config = recipe.model.gpt_config()
+    config = recipe.model.shape
     bounds = [0, config.layers + 4]
-    if layout.pipeline > 1:
+    if layout.grid["pipeline"] > 1:
         from models.pipeline_stages import stage_bounds
 
-        bounds = stage_bounds(config, layout.pipeline, recipe.parallel.partition)
+        bounds = stage_bounds(config, layout.grid["pipeline"], recipe.parallel.partition)
     stages = []
     for stage, (first, last) in enumerate(pairwise(bounds)):
-        parameters = stage_parameters(config, layout.tensor, first, last)
-        device, host = _state_bytes(ds_config, layout.data)
+        parameters = stage_parameters(config, layout.grid["tensor"], first, last)
+        device, host = _state_bytes(ds_config, layout.grid["data"])
         activations = _activation_bytes(recipe, layout, _element(ds_config), stage, first, last)
         stages.append(
             Memory(
@@ -185,7 +185,7 @@ def _activation_bytes(
       and with recomputation all of it before.
     """
     assert isinstance(recipe.model, GPTModel)
-    c, tensor = recipe.model.gpt_config(), layout.tensor
+    c, tensor = recipe.model.shape, layout.grid["tensor"]
     sequence_parallel = recipe.parallel.sequence
     residual = element * (c.hidden / tensor if sequence_parallel else c.hidden)
     block = block_bytes(c, tensor, sequence_parallel, element)
@@ -196,12 +196,12 @@ def _activation_bytes(
     if last == c.layers + 4:
         logits = -(-c.vocab // tensor)
         kept += residual + element * c.hidden
-        kept += logits * (4 + (element if layout.pipeline > 1 else 0))
+        kept += logits * (4 + (element if layout.grid["pipeline"] > 1 else 0))
         work = max(work, logits * (8 + (element if tensor > 1 else 0)))
     else:
         kept += element * c.hidden / tensor
     alive = micro_batches_alive(
-        recipe.parallel.schedule, layout.pipeline, stage, layout.accumulation
+        recipe.parallel.schedule, layout.grid["pipeline"], stage, layout.accumulation
     )
     tokens = layout.micro_batch * recipe.data.sequence_length
     return tokens * (alive * kept + work)

@@ -17,7 +17,7 @@ def model_size(recipe: Recipe) -> tuple[int, float]:
     """
     sequence = recipe.data.sequence_length
     if not isinstance(recipe.model, HFModel):
-        config = recipe.model.gpt_config()
+        config = recipe.model.shape
         return count_parameters(config), flops_per_token(config, sequence)
     import torch
 

@@ -50,7 +50,7 @@ def build_model(
     if isinstance(spec, HFModel):
         return _build_hf(spec, recipe.train.seed, dtype, device)
     with _new_parameters(dtype, device):
-        model = GPT(spec.gpt_config(), spec.checkpoint_activations, tp)
+        model = GPT(spec.shape, spec.checkpoint_activations, tp)
     if torch.device(device).type != "meta":
         initialize(model, recipe.train.seed)
     return model
@@ -94,9 +94,9 @@ def build_partitioned(
         return whole
 
     with deepspeed.zero.Init(
-        config_dict_or_path=ds_config, data_parallel_group=topology.data_group, mpu=topology
+        config_dict_or_path=ds_config, data_parallel_group=topology.sample_group, mpu=topology
     ):
-        model = GPT(spec.gpt_config(), spec.checkpoint_activations, tp)
+        model = GPT(spec.shape, spec.checkpoint_activations, tp)
     initialize(model, recipe.train.seed, gather)
     return model
 
@@ -120,7 +120,7 @@ def build_pipeline(
     silent = contextlib.redirect_stdout(io.StringIO())
     with silent, torch.no_grad(), _new_parameters(dtype, device):
         model = GPTPipeline(
-            spec.gpt_config(),
+            spec.shape,
             topology.grid,
             tp,
             recipe.parallel.partition,

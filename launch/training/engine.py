@@ -26,7 +26,7 @@ from launch.training.build_model import build_model, build_partitioned, build_pi
 from launch.training.lr_schedule import learning_rate_factor
 from launch.training.optimizer import parameter_groups
 from models.gpt import Block
-from models.parallel.topology import Grid, Topology
+from models.parallel.topology import Topology
 from models.pipeline import GPTPipeline
 
 
@@ -34,8 +34,8 @@ def make_topology(recipe: Recipe, layout: Layout) -> Topology:
     """All process groups of a layout. A collective: every rank makes every group."""
     sharing = 1
     if isinstance(recipe.model, GPTModel):
-        sharing = max(1, layout.tensor // recipe.model.gpt_config().kv_heads)
-    return Topology(Grid(layout.tensor, layout.pipeline, layout.data), sharing)
+        sharing = max(1, layout.grid["tensor"] // recipe.model.shape.kv_heads)
+    return Topology(layout.grid, sharing)
 
 
 def build_engine(
@@ -44,7 +44,7 @@ def build_engine(
     """The recipe's model on DeepSpeed's engine, ready for `launch/training/train_step.py`."""
     dtype, tp = training_dtype(ds_config), topology.tensor_parallel(recipe.parallel.sequence)
     train = recipe.train
-    if topology.grid.pipeline > 1:
+    if topology.grid["pipeline"] > 1:
         model: nn.Module = build_pipeline(recipe, dtype, ranks.device, topology, tp)
     elif zero_stage(ds_config) == 3 and isinstance(recipe.model, GPTModel):
         model = build_partitioned(recipe, ds_config, topology, tp)

@@ -59,7 +59,10 @@ def local_engine(values: dict[str, Any], scratch: Path) -> Iterator[LocalEngine]
     topology = make_topology(recipe, layout)
     engine = build_engine(recipe, ds_config, ranks, topology)
     yield LocalEngine(
-        recipe, ranks, engine, lambda step: batches.rank_batch(step, layout, topology.data_rank)
+        recipe,
+        ranks,
+        engine,
+        lambda step: batches.rank_batch(step, layout, topology.get_data_parallel_rank()),
     )
     if ranks.local_rank == 0:
         remove(swap_folders)

@@ -98,7 +98,7 @@ def test_the_weights_are_whole(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     model = read_settings(folder).model
     assert isinstance(model, GPTModel)
-    config = model.gpt_config()
+    config = model.shape
     assert sum(w.numel() for w in weights.values()) == count_parameters(config)
     assert all(w.dtype == torch.float32 for w in weights.values())
 

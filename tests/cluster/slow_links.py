@@ -102,7 +102,7 @@ def expected(layout: str) -> int:
     """
     recipe = load_recipe(_recipe(layout), _overrides(layout, Path("/tmp"), 1))
     assert isinstance(recipe.model, GPTModel)
-    config = recipe.model.gpt_config()
+    config = recipe.model.shape
     if layout == "pipeline 2":
         activations = SAMPLES * SEQUENCE * config.hidden
         return FP32 * (activations + config.vocab * config.hidden)  # and the tied gradient

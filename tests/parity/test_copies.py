@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from launch.config.layout import plan_layout
-from models.parallel.topology import Grid
 from tests.parity.cases import STEPS, Case, Workbench
 from tests.parity.kinds import KINDS
 from tests.parity.planting import Fault
@@ -71,13 +70,13 @@ def _apart(case: Case, bench: Workbench, fault: Callable[[], None]) -> tuple[set
     """The parameters that several ranks hold alike, and those of them that have come apart."""
     recipe = case.recipe(bench.folder)
     layout = plan_layout(recipe, case.ranks)
-    grid = Grid(layout.tensor, layout.pipeline, layout.data)
+    grid = layout.grid
     all_held = run_ranks(
         _hold_after_steps, case.ranks, fault, recipe.model_dump(), bench.folder / "swap"
     )
     copies: dict[tuple[str, int], list[tuple[bytes, bytes]]] = {}
     for rank, held in enumerate(all_held):
-        _, _, tensor = grid.coordinates(rank)
+        tensor = grid.coordinates(rank)["tensor"]
         for name, (shard, *digests) in held.items():
             copies.setdefault((name, tensor if shard else 0), []).append((digests[0], digests[1]))
     several = {name for (name, _), found in copies.items() if len(found) > 1}

@@ -53,14 +53,12 @@ def _train_and_look(values: dict[str, Any], scratch: Path, counts: list[int]) ->
     from launch.training.evaluate import evaluate, next_token_logits
     from launch.training.setup import local_engine
     from launch.training.train_step import train_step
-    from models.parallel.topology import Grid
 
     held_out, text, weights, logits = [], "", {}, torch.empty(0)
     with local_engine(values, scratch) as local:
         recipe, engine = local.recipe, local.engine
         layout = plan_layout(recipe, local.ranks.world_size)
-        grid = Grid(layout.tensor, layout.pipeline, layout.data)
-        _, data_rank, _ = grid.coordinates(local.ranks.rank)
+        data_rank = layout.grid.coordinates(local.ranks.rank)["data"]
         corpus = _corpus(recipe)
         losses = []
         for step in range(STEPS):
@@ -69,7 +67,12 @@ def _train_and_look(values: dict[str, Any], scratch: Path, counts: list[int]) ->
                 continue
             for count in counts:
                 share = held_out_share(
-                    corpus.held_out, CONTEXT, count, layout.micro_batch, data_rank, layout.data
+                    corpus.held_out,
+                    CONTEXT,
+                    count,
+                    layout.micro_batch,
+                    data_rank,
+                    layout.grid["data"],
                 )
                 held_out.append(evaluate(engine, share))
             logits = next_token_logits(engine, torch.tensor(TOKENS), CONTEXT).float()

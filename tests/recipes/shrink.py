@@ -87,7 +87,7 @@ def shrunken(file: Path, folder: Path, hub_model: Path) -> Recipe:
         f"run.dir={folder / 'run'}", "deepspeed.optimizer.params.lr=5e-3",
     ]  # fmt: skip
     if isinstance(recipe.model, GPTModel):
-        config = recipe.model.gpt_config()
+        config = recipe.model.shape
         overrides += [f"model.layers={max(2, pipeline)}", "model.hidden=64", "model.heads=4"]
         overrides += [f"model.vocab={VOCAB}"]
         if config.kv_heads != config.heads:

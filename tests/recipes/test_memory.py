@@ -21,7 +21,8 @@ from launch.planner.dry_run import print_dry_run
 from launch.planner.memory import Memory, block_bytes, estimate, stage_parameters
 from models.config import SIZES, GPTConfig, count_parameters
 from models.gpt import Block, rotary_table
-from models.parallel.topology import Grid, Topology
+from models.parallel.grid import Grid
+from models.parallel.topology import Topology
 from models.pipeline import layer_specs
 from models.pipeline_schedules import SCHEDULES
 from models.pipeline_stages import micro_batches_alive, stage_bounds
@@ -46,17 +47,15 @@ def built_stages(file: Path) -> list[tuple[int, int]]:
     """
     recipe = load_recipe(file)
     assert isinstance(recipe.model, GPTModel)
-    config, parallel = recipe.model.gpt_config(), recipe.parallel
+    config, parallel = recipe.model.shape, recipe.parallel
     world_size = header_ranks(file)
-    grid = Grid(
-        parallel.tensor, parallel.pipeline, world_size // (parallel.tensor * parallel.pipeline)
-    )
+    grid = plan_layout(recipe, world_size).grid
     bounds = [0, config.layers + 4]
     if parallel.pipeline > 1:
         bounds = stage_bounds(config, parallel.pipeline, parallel.partition)
     found = []
     for stage, (first, last) in enumerate(pairwise(bounds)):
-        rank = grid.rank(stage, grid.data - 1, stage % parallel.tensor)
+        rank = grid.rank(pipeline=stage, data=grid["data"] - 1, tensor=stage % parallel.tensor)
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         topology = Topology(grid, max(1, parallel.tensor // config.kv_heads))
         tp = topology.tensor_parallel(parallel.sequence)
@@ -79,7 +78,7 @@ def built_stages(file: Path) -> list[tuple[int, int]]:
 def test_parameters_of_each_stage_are_those_of_the_built_shards(file: Path) -> None:
     recipe = load_recipe(file)
     assert isinstance(recipe.model, GPTModel)
-    config, parallel = recipe.model.gpt_config(), recipe.parallel
+    config, parallel = recipe.model.shape, recipe.parallel
     bounds = [0, config.layers + 4]
     if parallel.pipeline > 1:
         bounds = stage_bounds(config, parallel.pipeline, parallel.partition)
@@ -120,7 +119,7 @@ def kept_bytes(config: GPTConfig, sequence_parallel: bool, dtype: torch.dtype) -
     """Bytes a token that a real block keeps for its backward pass: storages, each counted once."""
     dist.init_process_group("gloo")
     size = dist.get_world_size()
-    topology = Topology(Grid(size, 1, 1), max(1, size // config.kv_heads))
+    topology = Topology(Grid(tensor=size), max(1, size // config.kv_heads))
     tp = topology.tensor_parallel(sequence_parallel)
     block = Block(config, tp).to(dtype)
     for parameter in block.parameters():

@@ -120,10 +120,10 @@ def test_its_batch_divides_on_its_hardware(file: Path) -> None:
     stated = stated_gpus(file) or (header_ranks(file) if is_parallel(recipe) else 1,)
     for ranks in {*stated, header_ranks(file)}:
         layout = plan_layout(recipe, ranks)
-        assert layout.world_size == ranks
-        if layout.pipeline > 1:
+        assert layout.grid.world_size == ranks
+        if layout.grid["pipeline"] > 1:
             # With m micro batches, (p - 1) / (m + p - 1) of a step is idle: 11% at m = 8 p.
-            assert layout.accumulation >= layout.pipeline * (8 if stated_gpus(file) else 2)
+            assert layout.accumulation >= layout.grid["pipeline"] * (8 if stated_gpus(file) else 2)
 
 
 @each_recipe
@@ -161,7 +161,7 @@ def test_dry_run(file: Path, hub_model: Path, capsys: pytest.CaptureFixture[str]
     assert f'"train_batch_size": {recipe.train.global_batch_size}' in printed
     assert f"in {recipe.train.steps} steps" in printed
     if isinstance(recipe.model, GPTModel):
-        assert f"parameters: {count_parameters(recipe.model.gpt_config()):,} (" in printed
+        assert f"parameters: {count_parameters(recipe.model.shape):,} (" in printed
         assert re.search(r"^memory per rank \(estimate\): [\d.]+ GiB = weights ", printed, re.M)
 
 
@@ -185,7 +185,7 @@ def test_the_whole_model_on_the_meta_device(file: Path, hub_model: Path) -> None
         assert len(parameters) > 10
         return
     found = sum(p.numel() for p in parameters.values())
-    assert found == count_parameters(recipe.model.gpt_config())
+    assert found == count_parameters(recipe.model.shape)
 
 
 def layout_kind(recipe: Recipe) -> dict[str, object]:
@@ -201,7 +201,7 @@ def test_it_trains_in_its_own_layout(
     small, world_size = shrunken(file, tmp_path, hub_model), small_grid(file)[0]
     assert layout_kind(small) == layout_kind(load_recipe(file))
     layout = plan_layout(small, world_size)
-    assert layout.pipeline == 1 or layout.accumulation > layout.pipeline
+    assert layout.grid["pipeline"] == 1 or layout.accumulation > layout.grid["pipeline"]
     ranks = run_ranks(train_recipe, world_size, file, tmp_path, hub_model)
     tiny = file.stem.startswith("gpt_tiny")
     assert {dtype for dtype, _, _ in ranks} == {"torch.float32" if tiny else "torch.bfloat16"}
@@ -235,7 +235,7 @@ def test_the_table_lists_exactly_the_recipes() -> None:
     for row, name in zip(rows, listed, strict=True):
         recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
         if isinstance(recipe.model, GPTModel):
-            millions = count_parameters(recipe.model.gpt_config()) / 1e6
+            millions = count_parameters(recipe.model.shape) / 1e6
             stated = re.search(r"\| ([\d.]+)([MB]) \|", row)
             assert stated, row
             factor = {"M": 1.0, "B": 1000.0}[stated[2]]

@@ -8,6 +8,7 @@ from launch.config.layout import Layout
 from launch.data.batches import Batches, held_out_share
 from launch.data.token_file import TokenFile
 from launch.errors import UserError
+from models.parallel.grid import Grid
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def numbers(tmp_path: Path) -> TokenFile:
 
 
 def layout(data: int, accumulation: int, micro_batch: int) -> Layout:
-    return Layout(data, 1, 1, data, micro_batch, accumulation)
+    return Layout(Grid(data=data), micro_batch, accumulation)
 
 
 def test_each_epoch_holds_each_sequence_once_in_a_new_order(numbers: TokenFile) -> None:

@@ -9,6 +9,7 @@ from launch.config.layout import Layout, plan_layout
 from launch.config.load import recipe_from_dict
 from launch.config.schema import Recipe
 from launch.errors import UserError
+from models.parallel.grid import Grid
 
 
 def recipe(batch: int, micro: int, **parallel: int) -> Recipe:
@@ -26,22 +27,22 @@ def recipe(batch: int, micro: int, **parallel: int) -> Recipe:
 @pytest.mark.parametrize(
     ("ranks", "batch", "micro", "expected"),
     [
-        (1, 16, 8, Layout(1, 1, 1, 1, 8, 2)),
-        (2, 16, 8, Layout(2, 1, 1, 2, 8, 1)),
-        (4, 16, 4, Layout(4, 1, 1, 4, 4, 1)),
-        (3, 12, 2, Layout(3, 1, 1, 3, 2, 2)),
-        (1, 1, 1, Layout(1, 1, 1, 1, 1, 1)),
+        (1, 16, 8, Layout(Grid(data=1), 8, 2)),
+        (2, 16, 8, Layout(Grid(data=2), 8, 1)),
+        (4, 16, 4, Layout(Grid(data=4), 4, 1)),
+        (3, 12, 2, Layout(Grid(data=3), 2, 2)),
+        (1, 1, 1, Layout(Grid(data=1), 1, 1)),
     ],
 )
 def test_every_sequence_has_its_place(ranks: int, batch: int, micro: int, expected: Layout) -> None:
     layout = plan_layout(recipe(batch, micro), ranks)
     assert layout == expected
-    assert layout.data * layout.accumulation * layout.micro_batch == batch
+    assert layout.grid["data"] * layout.accumulation * layout.micro_batch == batch
 
 
 def test_model_parallel_ranks_share_a_batch() -> None:
     layout = plan_layout(recipe(16, 2, tensor=2, pipeline=2), 8)
-    assert layout == Layout(8, tensor=2, pipeline=2, data=2, micro_batch=2, accumulation=4)
+    assert layout == Layout(Grid(tensor=2, pipeline=2, data=2), micro_batch=2, accumulation=4)
     assert layout.describe() == (
         "8 ranks = pipeline 2 x data 2 x tensor 2; global batch 16 = data 2 x accumulation 4 "
         "x micro batch 2"
@@ -90,7 +91,7 @@ def test_a_micro_batch_is_the_most_that_a_rank_takes(
 ) -> None:
     layout = plan_layout(recipe(batch, micro), ranks)
     assert (layout.micro_batch, layout.accumulation) == (expected, accumulation)
-    assert layout.data * layout.accumulation * layout.micro_batch == batch
+    assert layout.grid["data"] * layout.accumulation * layout.micro_batch == batch
     assert f"micro batch {expected}, lowered from {micro} to divide the" in layout.describe()
 
 

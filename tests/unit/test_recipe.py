@@ -40,7 +40,7 @@ def test_reads_with_defaults(good: Path) -> None:
     recipe = load_recipe(good)
     assert recipe.name == "my_recipe"
     assert isinstance(recipe.model, GPTModel)
-    assert recipe.model.gpt_config().hidden == 128
+    assert recipe.model.shape.hidden == 128
     assert recipe.train.seed == 1234
     assert recipe.train.schedule.decay == "cosine"
     assert recipe.parallel.tensor == recipe.parallel.pipeline == 1
@@ -78,7 +78,7 @@ def test_overrides_reach_every_block(good: Path) -> None:
     assert recipe.train.steps == 30
     assert recipe.train.schedule.warmup_steps == 3
     assert isinstance(recipe.model, GPTModel)
-    assert recipe.model.gpt_config().ffn == 256
+    assert recipe.model.shape.ffn == 256
     assert recipe.deepspeed["optimizer"]["params"]["lr"] == 3e-4
     assert recipe.deepspeed["zero_optimization"] == {"overlap_comm": False}
     assert recipe.deepspeed["config"] == "ds_configs/zero1.json"

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from models.config import GPTConfig
 from models.gpt import GPT
 from models.init_weights import initialize
+from models.parallel.grid import Grid
 from models.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     Shard,
     VocabParallelEmbedding,
 )
-from models.parallel.topology import Grid, TensorParallel, Topology
+from models.parallel.topology import TensorParallel, Topology
 
 Distances = dict[str, float]
 
@@ -167,7 +168,7 @@ def embedding_apart(group: dist.ProcessGroup, vocab: int) -> Distances:
 def tensor_parallel(config: GPTConfig, sequence_parallel: bool = False) -> TensorParallel:
     """All ranks as one tensor group, as the model wants it."""
     size = dist.get_world_size()
-    topology = Topology(Grid(size, 1, 1), sharing_key_values=max(1, size // config.kv_heads))
+    topology = Topology(Grid(tensor=size), sharing_key_values=max(1, size // config.kv_heads))
     return topology.tensor_parallel(sequence_parallel)
 
 
