@@ -21,15 +21,13 @@ import os
 from typing import TYPE_CHECKING
 
 from launch.config.cli_args import add_recipe_arguments
-from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
-from launch.config.schema import GPTModel, Recipe
+from launch.config.schema import Recipe
 from launch.deepspeed_patches.versions import check_version
 from launch.errors import UserError
 from launch.runtime.console import Stopwatch, say
 from launch.runtime.failures import one_line_errors
 from launch.runtime.process_group import (
-    connect,
     from_first_rank,
     leave,
     prepare_environment,
@@ -38,7 +36,6 @@ from launch.runtime.process_group import (
 from launch.runtime.signals import tell_of_signals
 
 if TYPE_CHECKING:
-    from launch.data.prepare import Corpus
     from launch.training.train_step import Step
 
 
@@ -51,24 +48,20 @@ def train(recipe: Recipe, resume: str | None) -> None:
     clock = Stopwatch(STARTED)
     clock.lap("interpreter and recipe")
     prepare_environment()
-    layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
 
-    from launch.data.batches import held_out_share, load_batches
     from launch.planner.model_size import model_size
-    from launch.runtime.op_builder import build_ops, ops_needed, use_private_cache
+    from launch.training.setup import join_ranks, plan_run
 
-    use_private_cache()
-    corpus, batches = load_batches(recipe, say)
-    check_vocabulary(recipe, corpus)
+    plan = plan_run(recipe, int(os.environ["WORLD_SIZE"]), say)
+    layout, corpus = plan.layout, plan.corpus
     clock.lap("data")
 
     from launch.checkpoint import checkpoint
     from launch.checkpoint.resume import choose_start
-    from launch.config.resolve import resolve
     from launch.deepspeed_patches.nvme_folder import make_empty, remove, with_own_swap_folder
     from launch.runtime.rng import seed_generators
     from launch.runtime.run_dir import claim, write_settings
-    from launch.training.engine import build_engine, make_topology
+    from launch.training.engine import build_engine
     from launch.training.evaluate import evaluate
     from launch.training.finalize import finish
     from launch.training.metrics import Metrics, check_trackers
@@ -76,37 +69,26 @@ def train(recipe: Recipe, resume: str | None) -> None:
     from launch.training.train_step import train_step
 
     check_trackers(recipe)
-    ds_config = resolve(recipe, layout)
     clock.lap("imports")
-    build_ops(ops_needed(ds_config), say)
-    ranks = connect()
-    topology = make_topology(recipe, layout)
+    ranks, topology = join_ranks(plan, say)
+    data_rank = topology.get_data_parallel_rank()
     clock.lap("process group")
 
     start = from_first_rank(ranks, lambda: choose_start(recipe, resume))
     say(start.message)
     run, done = start.folder, 0
-    identity = checkpoint.identity(recipe, ds_config, layout, corpus.folder.name)
+    identity = checkpoint.identity(recipe, plan.ds_config, layout, corpus.folder.name)
     if start.checkpoint:
         done = checkpoint.check(start.checkpoint, identity, recipe.train.steps)
-    ds_config, swap_folders = with_own_swap_folder(ds_config, run.path)
+    ds_config, swap_folders = with_own_swap_folder(plan.ds_config, run.path)
     lock = claim(run) if ranks.first else None
     if ranks.first:
         write_settings(run, recipe, ds_config, ranks.world_size)
     if ranks.local_rank == 0:
         make_empty(swap_folders)
-    held_out = held_out_share(
-        corpus.held_out,
-        recipe.data.sequence_length,
-        recipe.train.eval_batches * recipe.train.global_batch_size,
-        recipe.train.micro_batch_size,
-        topology.get_data_parallel_rank(),
-        layout.grid["data"],
-    )
+    validation = plan.validation(data_rank)
     engine = build_engine(recipe, ds_config, ranks, topology)
-    seed_generators(
-        recipe.train.seed, topology.coordinates["pipeline"], topology.get_data_parallel_rank()
-    )
+    seed_generators(recipe.train.seed, topology.coordinates["pipeline"], data_rank)
     if start.checkpoint:
         checkpoint.load(engine, start.checkpoint, ranks)
     clock.lap("engine")
@@ -121,14 +103,12 @@ def train(recipe: Recipe, resume: str | None) -> None:
     steps, eval_every = recipe.train.steps, recipe.train.eval_every
     save_every, stopping = recipe.checkpoint.every, False
     for step in range(done + 1, steps + 1):
-        result = train_step(
-            engine, batches.rank_batch(step - 1, layout, topology.get_data_parallel_rank())
-        )
+        result = train_step(engine, plan.batch(step - 1, data_rank))
         check_finite(step, result)
         if metrics:
             metrics.log(step, result)
         if (eval_every and step % eval_every == 0) or step == steps:
-            held_out_loss = evaluate(engine, held_out)
+            held_out_loss = evaluate(engine, validation)
             if metrics:
                 metrics.log_held_out(step, held_out_loss)
         # Last: what a step has recorded is whole when a run goes on from it.
@@ -142,7 +122,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
         if metrics:
             metrics.restart_clock()
     if done >= steps:
-        held_out_loss = evaluate(engine, held_out)
+        held_out_loss = evaluate(engine, validation)
     if metrics:
         metrics.close()
     if not stopping:
@@ -153,22 +133,6 @@ def train(recipe: Recipe, resume: str | None) -> None:
         remove(swap_folders)
     if lock:
         lock.release()
-
-
-def check_vocabulary(recipe: Recipe, corpus: "Corpus") -> None:
-    """Refuse a tokenizer whose ids the model has no embedding for.
-
-    Raises:
-        UserError: naming both sizes.
-    """
-    if not isinstance(recipe.model, GPTModel):
-        return
-    vocab = recipe.model.shape.vocab
-    if corpus.tokenizer.vocab_size > vocab:
-        raise UserError(
-            f"data.tokenizer: {recipe.data.tokenizer} has {corpus.tokenizer.vocab_size} tokens, and the "
-            f"model's vocabulary is {vocab}; set model.vocab to at least the former"
-        )
 
 
 def check_finite(step: int, result: "Step") -> None:

@@ -40,7 +40,7 @@ def dropouts(config: PreTrainedConfig) -> dict[str, float]:
 
 
 class HFCausalLM(nn.Module):
-    """A transformers model that returns logits, or the mean loss where labels are given.
+    """A transformers model behind the forward of `models/gpt.py`: logits, or the sum of losses.
 
     Parameter names are those of transformers behind the prefix `model.`, which the weights file
     leaves out, so that `from_pretrained` reads it.
@@ -52,11 +52,20 @@ class HFCausalLM(nn.Module):
         if checkpoint_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """As `GPT.forward`: `[batch, sequence]` to logits, or to a scalar loss with labels."""
-        # Keys and values of past tokens (use_cache) serve generation only.
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return logits if labels is None else cross_entropy(logits, labels)
+        # transformers makes a mask of documents from positions that start again. Keys and values of
+        # past tokens (use_cache) serve generation only.
+        logits: Tensor = self.model(
+            input_ids=tokens, position_ids=positions, use_cache=False
+        ).logits
+        return logits if labels is None else cross_entropy(logits, labels, loss_weights)
 
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:

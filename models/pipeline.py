@@ -4,7 +4,9 @@
 
 Each layer maps one tensor to one: token ids, then the residual stream, then logits. A stage runs a
 run of them and sends what comes out to the next one; on the way back, the gradient of what it was
-sent. Inside a stage the layers are those of `models/gpt.py`, cut over tensor ranks or not.
+sent. Inside a stage the layers are those of `models/gpt.py`, sharded over tensor ranks or not. Where
+rows hold several documents, the positions travel with the residual stream: attention on every stage
+needs them.
 
 A tied output projection is the token embedding again. Where the two lie on different stages, each has
 a copy, and DeepSpeed adds up the copies' gradients before the step (`TiedLayerSpec`).
@@ -16,10 +18,11 @@ from functools import partial
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from models.attention import attention_inputs
 from models.config import GPTConfig
-from models.gpt import Block, Output, Position, norm_class, rotary_table
+from models.gpt import Block, Output, Position, run_block
+from models.norms import norm_class
 from models.parallel.cross_entropy import vocab_parallel_cross_entropy
 from models.parallel.grid import Grid
 from models.parallel.tensor_parallel import VocabParallelEmbedding, column_parallel
@@ -27,25 +30,6 @@ from models.parallel.topology import TensorParallel
 from models.pipeline_stages import stage_bounds
 
 _TIED_KEY = "token"
-
-
-class PipelineBlock(Block):
-    """A block that makes its own rotary table: a stage is sent one tensor, and that is `x`."""
-
-    def __init__(self, config: GPTConfig, tp: TensorParallel, checkpoint_activations: bool) -> None:
-        super().__init__(config, tp)
-        self.config, self.tp = config, tp
-        self.checkpoint_activations = checkpoint_activations
-
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """As `Block.forward`; without a table, it makes the one that the config's positions need."""
-        if table is None and self.config.position == "rope":
-            cut = self.tp.size if self.tp.sequence_parallel else 1
-            table = rotary_table(self.config, x.shape[1] * cut, x.device)
-        if self.checkpoint_activations and self.training:
-            kept: Tensor = checkpoint(super().forward, x, table, use_reentrant=False)
-            return kept
-        return super().forward(x, table)
 
 
 def tied_projection(
@@ -59,9 +43,7 @@ def tied_projection(
     return column_parallel(x, embedding.weight, None, embedding.group, sequence_parallel)
 
 
-def layer_specs(
-    config: GPTConfig, tp: TensorParallel, checkpoint_activations: bool
-) -> list[LayerSpec]:
+def layer_specs(config: GPTConfig, tp: TensorParallel) -> list[LayerSpec]:
     """The chain of layers, none of them built yet: a stage builds only its own."""
     embedding = (VocabParallelEmbedding, config.vocab, config.hidden, tp.group)
     first, last = LayerSpec(*embedding), LayerSpec(Output, config, tp)
@@ -72,10 +54,7 @@ def layer_specs(
     return [
         first,
         LayerSpec(Position, config, tp),
-        *(
-            LayerSpec(PipelineBlock, config, tp, checkpoint_activations)
-            for _ in range(config.layers)
-        ),
+        *(LayerSpec(Block, config, tp) for _ in range(config.layers)),
         LayerSpec(norm_class(config), config.hidden, config.norm_eps, tp.sequence_group),
         last,
     ]
@@ -100,21 +79,51 @@ class GPTPipeline(PipelineModule):
     ) -> None:
         # Before nn.Module.__init__ plain values only: PipelineModule cuts and builds in its own.
         self.bounds = stage_bounds(config, grid["pipeline"], partition)
-        self.config, self.tp_group = config, tp.group
+        self.config, self.tp = config, tp
+        self.checkpoint_activations = checkpoint_activations
         super().__init__(
-            layers=layer_specs(config, tp, checkpoint_activations),
+            layers=layer_specs(config, tp),
             topology=PipeModelDataParallelTopology(
                 num_pp=grid["pipeline"], num_mp=grid["tensor"], num_dp=grid["data"]
             ),
             loss_fn=self.loss,
         )
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy of a micro batch, the same scalar on every tensor rank.
+    def forward(self, sent: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """What this stage makes of what it was sent, in place of DeepSpeed's layer after layer.
 
-        Logits `[batch, sequence, ceil(vocab / ranks)]`, labels `[batch, sequence]`.
+        A stage is sent token ids `[batch, sequence]` or the residual stream `[batch, sequence, hidden]`
+        (sequence / ranks with sequence parallelism), and positions `[batch, sequence]` beside them
+        where rows hold several documents. It passes both on; the last one returns logits
+        `[batch, sequence, ceil(vocab / ranks)]`.
         """
-        return vocab_parallel_cross_entropy(logits, labels, self.config.vocab, self.tp_group)
+        x, positions = sent if isinstance(sent, tuple) else (sent, None)
+        shards = self.tp.size if self.tp.sequence_parallel and self.stage_id > 0 else 1
+        inputs = attention_inputs(self.config, x.shape[1] * shards, positions, x.device)
+        recompute = self.checkpoint_activations and self.training
+        for layer in self.forward_funcs:
+            if isinstance(layer, Block):
+                x = run_block(layer, x, inputs, recompute)
+            elif isinstance(layer, Position):
+                x = layer(x, positions)
+            else:
+                x = layer(x)
+        if positions is None or self.stage_id == self.num_stages - 1:
+            return x
+        return x, positions
+
+    def loss(self, logits: Tensor, target: tuple[Tensor, ...]) -> Tensor:
+        """A micro batch's part of the loss, the same scalar on every tensor rank.
+
+        Logits are `[batch, sequence, ceil(vocab / ranks)]`. The target holds the labels
+        `[batch, sequence]`, the number that the sum of their losses is divided by, and, where labels
+        count unequally, their weights `[batch, sequence]`.
+        """
+        labels, denominator, *weights = target
+        total = vocab_parallel_cross_entropy(
+            logits, labels, weights[0] if weights else None, self.config.vocab, self.tp.group
+        )
+        return total / denominator
 
     def _partition_layers(self, method: str = "") -> None:
         # DeepSpeed's own would build every layer of the model on every rank to count its parameters.

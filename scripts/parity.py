@@ -33,8 +33,10 @@ EXIT_DIFFERENT = 1
 MOST_STEPS = 10  # rounding grows from step to step, and the tolerances are for this many
 
 
-def check(recipe: Recipe, ranks: int, out: Path) -> bool:
+def check(recipe: Recipe, ranks: int, out: Path, uneven: bool) -> bool:
     """Run both, print the table, save the picture; returns whether all is within the tolerance.
+
+    With `uneven`, labels count unequally (`launch/parity/weights.py`).
 
     Raises:
         UserError: for a recipe that does not fit the ranks or cannot be compared, or a failed rank.
@@ -43,21 +45,22 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
 
     from launch.config.layout import plan_layout
     from launch.config.resolve import resolve
-    from launch.data.batches import load_batches
     from launch.ds_json.view import compute_dtype
     from launch.parity.compare import compare, key_biases, tolerances_of
     from launch.parity.report import save_picture, table, verdict
-    from launch.parity.run import check_comparable, read_trace, run_reference, write_layout_trace
+    from launch.parity.run import (
+        check_comparable,
+        plan_reference,
+        read_trace,
+        run_reference,
+        write_layout_trace,
+    )
 
     layout = plan_layout(recipe, ranks)
-    resolve(recipe, layout)
-    single = recipe.on_one_device(layout.micro_batch)
-    alone = plan_layout(single, 1)
-    ds_config = resolve(single, alone)
-    check_comparable(recipe, ds_config)
-    _, batches = load_batches(recipe)
+    check_comparable(recipe, resolve(recipe, layout))
+    plan = plan_reference(recipe, layout.micro_batch, uneven)
     print(f"reference: {recipe.train.steps} steps in plain PyTorch on one device", flush=True)
-    reference = run_reference(single, ds_config, lambda step: batches.rank_batch(step, alone, 0))
+    reference = run_reference(plan)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -65,11 +68,11 @@ def check(recipe: Recipe, ranks: int, out: Path) -> bool:
     print(f"layout: {recipe.deepspeed['config']} on {layout.describe()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         file = Path(folder) / "layout.pt"
-        run_local_ranks(write_layout_trace, ranks, recipe.model_dump(), file)
+        run_local_ranks(write_layout_trace, ranks, recipe.model_dump(), file, uneven)
         result = read_trace(file)
 
-    dtype = compute_dtype(ds_config)
-    limits = tolerances_of(recipe, ds_config)
+    dtype = compute_dtype(plan.ds_config)
+    limits = tolerances_of(recipe, plan.ds_config)
     differences = compare(reference, result, limits, key_biases(recipe))
     name = f"{recipe.name}, {ranks} ranks, {str(dtype).removeprefix('torch.')}"
     picture = out / "parity.png"
@@ -91,6 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=int, default=5, metavar="K", help=f"1 to {MOST_STEPS}, default: 5"
     )
+    parser.add_argument(
+        "--uneven-loss-weights",
+        action="store_true",
+        help="count labels unequally, as fine-tuning does: in some micro batches 3 of them, or none",
+    )
     add_recipe_arguments(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="for the picture; default: runs/parity/<recipe>"
@@ -105,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(given.config, [*given.set, f"train.steps={given.steps}"])
         ranks = choose_ranks(given.ranks)
         out = given.out or ROOT / "runs" / "parity" / recipe.name
-        return 0 if check(recipe, ranks, out) else EXIT_DIFFERENT
+        return 0 if check(recipe, ranks, out, given.uneven_loss_weights) else EXIT_DIFFERENT
 
 
 if __name__ == "__main__":

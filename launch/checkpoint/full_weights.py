@@ -77,8 +77,7 @@ def full_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensor_group(engine: DeepSpeedEngine) -> dist.ProcessGroup:
-    module = engine.module
-    group = module.tp_group if isinstance(module, GPTPipeline) else module.tp.group
+    group: dist.ProcessGroup | None = engine.module.tp.group
     assert group is not None
     return group
 

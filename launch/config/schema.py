@@ -80,7 +80,11 @@ class HFModel(_Block):
 
 
 class Data(_Block):
-    """Where the text comes from, and how it becomes tokens: `launch/data/prepare.py`."""
+    """Where the text comes from, and how it becomes tokens: `launch/data/prepare.py`.
+
+    With `document_mask`, tokens see those of their own document alone, and positions count from its
+    start (arXiv:2407.21783, section 3.2); without, a row is read as one text.
+    """
 
     source: str | list[str] = "python-stdlib"
     subset: str | None = None
@@ -89,6 +93,7 @@ class Data(_Block):
     streaming: bool = False
     tokenizer: str = "bytes"
     sequence_length: PositiveInt
+    document_mask: bool = False
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
     cache_dir: str | None = None
 

@@ -164,9 +164,7 @@ def _from_files(data: Data, files: list[SourceFile], cache: Path) -> Iterator[Do
             yield from zip((f.key for f in group), (row["text"] for row in rows), strict=True)
             continue
         for file in group:
-            rows = (
-                _json_rows(data, file, cache) if reader == "jsonl" else _parquet(data, file, cache)
-            )
+            rows = ROW_READERS[reader](data, file, cache)
             yield from _texts(rows, data.text_field, str(file.path), prefix=f"{file.key}:")
 
 
@@ -198,6 +196,10 @@ def _parquet(data: Data, file: SourceFile, cache: Path) -> Iterator[dict[str, An
         raise UserError(f"data.source: {file.path} is no readable parquet: {error}") from None
     _check_field(columns, data.text_field, str(file.path))
     yield from _load(data, cache, "parquet", [file], columns=[data.text_field])
+
+
+# Besides "text", whose files are one document each: what READERS calls a suffix, and its reader.
+ROW_READERS = {"jsonl": _json_rows, "parquet": _parquet}
 
 
 def _load(

@@ -1,20 +1,37 @@
 """Plain PyTorch on one device, without DeepSpeed: what every layout has to equal.
 
 Nothing here is clever, so that it can be checked by reading: AdamW with decoupled decay
-(arXiv:1711.05101), the mean loss of the global batch, and clipping by the global norm.
+(arXiv:1711.05101), the mean loss over the labels of the global batch, and clipping by the global norm.
+The loss is torch's own, from the model's logits: the layouts' loss is not used.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.checkpoint.full_weights import canonical_names
 from launch.config.schema import Train
+from launch.data.batch import Batch, MicroBatch
 from launch.ds_json.view import compute_dtype, training_dtype
 from launch.training.lr_schedule import learning_rate_factor
 from launch.training.optimizer import parameter_groups
 from launch.training.train_step import Step
+
+
+def _adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups,
+        lr=float(settings["lr"]),
+        betas=tuple(settings["betas"]),
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+    )
+
+
+# By the type that a DeepSpeed JSON names, in lower case. DeepSpeed's "Adam" is AdamW too.
+OPTIMIZERS = {"adam": _adamw, "adamw": _adamw}
 
 
 class Reference:
@@ -29,6 +46,7 @@ class Reference:
     def __init__(self, model: nn.Module, ds_config: dict[str, Any], train: Train) -> None:
         self.model, self.train = model, train
         self.step_number = 0
+        self.loss = _loss
         self.clip = float(ds_config["gradient_clipping"])
         self.mixed = training_dtype(ds_config) is not torch.float32
         half = training_dtype(ds_config) is torch.float16
@@ -48,16 +66,14 @@ class Reference:
             group["params"] = [master_of[weight] for weight in group["params"]]
         settings = ds_config["optimizer"]["params"]
         self.learning_rate = float(settings["lr"])
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=self.learning_rate,
-            betas=tuple(settings["betas"]),
-            eps=settings["eps"],
-            weight_decay=settings["weight_decay"],
-        )
+        self.optimizer = OPTIMIZERS[ds_config["optimizer"]["type"].lower()](groups, settings)
 
-    def train_step(self, batch: Tensor) -> Step:
-        """One optimizer step on a whole global batch, `[micro batches, micro_batch, sequence + 1]`."""
+    def compile(self) -> None:
+        """Compile the forward pass, loss included, and the backward pass."""
+        self.loss = torch.compile(_loss)
+
+    def train_step(self, batch: Batch) -> Step:
+        """One optimizer step on a whole global batch, a micro batch at a time."""
         device = self.weights[0].device
         learning_rate = self.learning_rate * learning_rate_factor(
             self.train.schedule, self.step_number, self.train.steps
@@ -65,11 +81,12 @@ class Reference:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad()
+        counted = batch.labels.numel() if batch.loss_weights is None else batch.loss_weights.sum()
         loss_sum = 0.0
-        for sequences in batch.to(device):
+        for micro_batch in batch.micro_batches():
             with self.autocast:
-                loss = self.model(sequences[:, :-1], sequences[:, 1:])
-            (loss * (self.loss_scale / len(batch))).backward()
+                loss = self.loss(self.model, micro_batch.to(device)) / float(counted)
+            (loss * self.loss_scale).backward()
             loss_sum += loss.item()
             if self.mixed:
                 self._move_gradients_to_masters()
@@ -84,7 +101,7 @@ class Reference:
                 for weight, master in zip(self.weights, self.masters, strict=True):
                     weight.copy_(master)
         self.step_number += 1
-        return Step(loss_sum / len(batch), float(norm), learning_rate)
+        return Step(loss_sum, float(norm), learning_rate)
 
     def _move_gradients_to_masters(self) -> None:
         for weight, master in zip(self.weights, self.masters, strict=True):
@@ -97,3 +114,13 @@ class Reference:
         """Every parameter by its canonical name, in fp32, tied ones once."""
         names = canonical_names(self.model)
         return {n: m.detach().float() for n, m in zip(names, self.masters, strict=True)}
+
+
+def _loss(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """The weighted sum of a micro batch's losses, in fp32."""
+    logits = model(batch.tokens, positions=batch.positions)
+    scores, labels = logits.float().flatten(0, 1), batch.labels.flatten()
+    if batch.loss_weights is None:
+        return F.cross_entropy(scores, labels, reduction="sum")
+    losses = F.cross_entropy(scores, labels, reduction="none")
+    return (losses * batch.loss_weights.flatten()).sum()

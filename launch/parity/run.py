@@ -5,14 +5,15 @@ any number of ranks. `launch/parity/compare.py` says how far apart they are, and
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.config.load import recipe_from_dict
 from launch.config.schema import HFModel, Recipe
 from launch.errors import UserError
-from launch.training.build_model import meta_model
+from launch.parity.weights import uneven_weights
+from launch.training.setup import RunPlan, local_engine, plan_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,7 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
     import torch
 
     from launch.ds_json.view import compute_dtype
+    from launch.parity.reference import OPTIMIZERS
 
     fixed_scale = (ds_config.get("fp16") or {}).get("loss_scale", 0)
     if compute_dtype(ds_config) is torch.float16 and not fixed_scale:
@@ -68,7 +70,7 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
         )
     optimizer = ds_config.get("optimizer") or {}
     kind = str(optimizer.get("type", ""))
-    if kind.lower() not in ("adam", "adamw"):
+    if kind.lower() not in OPTIMIZERS:
         raise UserError(
             f"optimizer.type: the reference steps with AdamW, and this is {kind or 'absent'}; "
             "use --set deepspeed.optimizer.type=AdamW"
@@ -88,22 +90,27 @@ def _dropouts(recipe: Recipe) -> dict[str, float]:
     if not isinstance(recipe.model, HFModel):
         value = recipe.model.shape.dropout
         return {"model.dropout": value} if value else {}
+    from launch.training.build_model import meta_model
     from models.hf import dropouts
 
     model: Any = meta_model(recipe)
     return {f"model.changes.{key}": value for key, value in dropouts(model.model.config).items()}
 
 
-def run_reference(
-    recipe: Recipe, ds_config: dict[str, Any], global_batch: Callable[[int], "Tensor"]
-) -> Trace:
-    """The recipe's steps on one device, without DeepSpeed: on the GPU where there is one.
+def plan_reference(recipe: Recipe, micro_batch: int | None = None, uneven: bool = False) -> RunPlan:
+    """The recipe's run on one device, in micro batches of this size (None: of the recipe's).
 
-    Args:
-        recipe: its micro batch size is that of the reference too.
-        ds_config: the resolved JSON, for precision, optimizer and clipping.
-        global_batch: step (from 0) to ids `[micro batches, micro_batch, sequence + 1]`.
+    With `uneven`, its labels count as `uneven_weights` says.
+
+    Raises:
+        UserError: as `plan_run`.
     """
+    weights = uneven_weights(recipe) if uneven else None
+    return plan_run(recipe.on_one_device(micro_batch), 1, weights=weights)
+
+
+def run_reference(plan: RunPlan) -> Trace:
+    """The steps of a run on one device, without DeepSpeed: on the GPU where there is one."""
     import torch
 
     from launch.ds_json.view import training_dtype
@@ -111,26 +118,26 @@ def run_reference(
     from launch.training.build_model import build_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(recipe, training_dtype(ds_config), device)
-    reference = Reference(model, ds_config, recipe.train)
-    steps = [reference.train_step(global_batch(step)) for step in range(recipe.train.steps)]
+    model = build_model(plan.recipe, training_dtype(plan.ds_config), device)
+    reference = Reference(model, plan.ds_config, plan.recipe.train)
+    steps = [reference.train_step(plan.batch(step)) for step in range(plan.recipe.train.steps)]
     weights = {name: tensor.cpu() for name, tensor in reference.full_weights().items()}
     return Trace.of(steps, weights)
 
 
-def run_layout(values: dict[str, Any], scratch: Path) -> Trace:
+def run_layout(values: dict[str, Any], scratch: Path, uneven: bool = False) -> Trace:
     """The recipe's steps as one rank of a layout; every rank calls it, in a process of its own.
 
-    The arguments and errors are those of `launch.training.setup.local_engine`.
+    The arguments and errors are those of `launch.training.setup.local_engine`, and of `plan_reference`.
     """
-    from launch.training.setup import local_engine
-
-    with local_engine(values, scratch) as local:
+    loss_weights = uneven_weights(recipe_from_dict(values)) if uneven else None
+    with local_engine(values, scratch, loss_weights) as local:
         from launch.checkpoint.full_weights import full_weights
         from launch.training.train_step import train_step
 
         steps = [
-            train_step(local.engine, local.batch(step)) for step in range(local.recipe.train.steps)
+            train_step(local.engine, local.batch(step))
+            for step in range(local.plan.recipe.train.steps)
         ]
         weights: dict[str, Tensor] = {}
         for name, tensor in full_weights(local.engine):
@@ -139,9 +146,9 @@ def run_layout(values: dict[str, Any], scratch: Path) -> Trace:
     return Trace.of(steps, weights)
 
 
-def write_layout_trace(values: dict[str, Any], file: Path) -> None:
+def write_layout_trace(values: dict[str, Any], file: Path, uneven: bool = False) -> None:
     """`run_layout`, with the result in a file: weights are too large for a pipe."""
-    trace = run_layout(values, file.parent)
+    trace = run_layout(values, file.parent, uneven)
 
     import torch
 

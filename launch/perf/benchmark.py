@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.load import recipe_from_dict
 from launch.config.schema import Recipe
+from launch.data.batch import Batch
 from launch.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,16 +145,12 @@ def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> Non
 
     import torch
 
-    from launch.config.layout import plan_layout
-    from launch.config.resolve import resolve
-    from launch.data.batches import load_batches
     from launch.ds_json.view import training_dtype
     from launch.parity.reference import Reference
+    from launch.parity.run import plan_reference
     from launch.training.build_model import build_model
 
-    recipe = recipe_from_dict(values).on_one_device()
-    layout = plan_layout(recipe, 1)
-    ds_config = resolve(recipe, layout)
+    plan = plan_reference(recipe_from_dict(values))
     cuda = torch.cuda.is_available()
     if cuda and torch.cuda.device_count() < devices:
         raise UserError(
@@ -163,9 +160,8 @@ def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> Non
     # One CPU stands for several devices where there are no GPUs: that shows how, not how fast.
     places = [torch.device("cuda", i) if cuda else torch.device("cpu") for i in range(devices)]
     device = places[0]
-    train = recipe.train
-    _, batches = load_batches(recipe)
-    model = build_model(recipe, training_dtype(ds_config), device)
+    train = plan.recipe.train
+    model = build_model(plan.recipe, training_dtype(plan.ds_config), device)
     if devices > 1:
         from models.gpt import GPT
         from models.layerwise import spread_over
@@ -175,13 +171,13 @@ def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> Non
             model = spread_over(model, places)
         except ValueError as error:
             raise UserError(f"--layerwise: {error}; lower --ranks") from None
-    elif train.compile:
-        model.compile()
-    reference = Reference(model, ds_config, train)
+    reference = Reference(model, plan.ds_config, train)
+    if train.compile and devices == 1:
+        reference.compile()
     _measure(
         train.steps,
         places,
-        lambda step: batches.rank_batch(step, layout, 0),
+        plan.batch,
         reference.train_step,
         folder / "rank0000.json",
     )
@@ -199,7 +195,7 @@ def measure_layout(values: dict[str, Any], folder: Path) -> None:
         from launch.training.train_step import train_step
 
         _measure(
-            local.recipe.train.steps,
+            local.plan.recipe.train.steps,
             [local.ranks.device],
             local.batch,
             lambda batch: train_step(local.engine, batch),
@@ -210,8 +206,8 @@ def measure_layout(values: dict[str, Any], folder: Path) -> None:
 def _measure(
     steps: int,
     devices: "list[torch.device]",
-    batch: "Callable[[int], torch.Tensor]",
-    step: "Callable[[torch.Tensor], Step]",
+    batch: Callable[[int], Batch],
+    step: "Callable[[Batch], Step]",
     file: Path,
 ) -> None:
     import torch

@@ -11,13 +11,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
 from launch.config.schema import Recipe
+from launch.data.batch import Batch
 from launch.errors import UserError
 from launch.paths import ROOT
 from launch.perf.trace_events import FORWARD, Event, Run
@@ -127,7 +128,7 @@ def trace_rank(values: dict[str, Any], micro_batches: list[int], steps: int, fol
             engine.set_train_batch_size(number * each)
             for schedule in SCHEDULES:
                 use_schedule(engine, schedule)
-                found = _record(local, batch[:number], steps)
+                found = _record(local, _first(batch, number), steps)
                 runs.append({"schedule": schedule, "micro_batches": number, **found})
         device = local.ranks.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -138,7 +139,18 @@ def trace_rank(values: dict[str, Any], micro_batches: list[int], steps: int, fol
             file.write_text(json.dumps({"device": name, "runs": runs}))
 
 
-def _record(local: "LocalEngine", batch: "torch.Tensor", steps: int) -> dict[str, Any]:
+def _first(batch: Batch, micro_batches: int) -> Batch:
+    """The first micro batches of a batch whose labels count once."""
+    return replace(
+        batch,
+        tokens=batch.tokens[:micro_batches],
+        labels=batch.labels[:micro_batches],
+        positions=None if batch.positions is None else batch.positions[:micro_batches],
+        total_weight=batch.total_weight * micro_batches / len(batch),
+    )
+
+
+def _record(local: "LocalEngine", batch: Batch, steps: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from launch.training.train_step import train_step

@@ -6,38 +6,34 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from launch.training.train_step import micro_batch_pairs
+from launch.data.batch import MicroBatch, ValidationSet
+from launch.training.train_step import pipeline_inputs
 from models.gpt import GPT
 from models.parallel.collectives import gather_from_group, group_size
 from models.pipeline import GPTPipeline
 
 
 @torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, share: list[tuple[Tensor, int]]) -> float:
-    """Mean loss per token over all ranks' held-out sequences, as shared out by `held_out_share`.
-
-    `share` holds micro batches `[n, sequence + 1]` with the number of their rows that count.
-    """
+def evaluate(engine: DeepSpeedEngine, validation: ValidationSet) -> float:
+    """The validation loss: the mean over all ranks' labels, each with its weight."""
     engine.eval()
     if isinstance(engine, PipelineEngine):
-        losses = _pipeline_losses(engine, [rows for rows, _ in share])
+        losses = _pipeline_losses(engine, validation.micro_batches)
     else:
-        batches = (rows.to(engine.device) for rows, _ in share)
-        losses = [engine(rows[:, :-1], rows[:, 1:]) for rows in batches]
-    # A stage other than the last has no losses; its totals are nobody's.
-    weights = [float(counted) for _, counted in share]
-    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for loss, weight in zip(losses, weights, strict=False):
-        totals += torch.tensor([loss.item() * weight, weight], device=engine.device)
-    dist.all_reduce(totals, group=engine.data_parallel_group)
+        losses = [engine(*batch.to(engine.device)) for batch in validation.micro_batches]
+    # A stage other than the last has no losses.
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for loss in losses:
+        total += loss
+    dist.all_reduce(total, group=engine.data_parallel_group)
     if isinstance(engine, PipelineEngine):
-        _broadcast_from_last_stage(engine, totals)
+        _broadcast_from_last_stage(engine, total)
     engine.train()
-    return float(totals[0] / totals[1])
+    return float(total) / validation.total_weight
 
 
-def _pipeline_losses(engine: PipelineEngine, batches: list[Tensor]) -> list[Tensor]:
-    """The loss of each micro batch `[n, sequence + 1]`, on the last stage; elsewhere none."""
+def _pipeline_losses(engine: PipelineEngine, batches: list[MicroBatch]) -> list[Tensor]:
+    """The sum of each micro batch's losses, on the last stage; elsewhere none."""
     losses: list[Tensor] = []
     # The last one may be smaller, on some of the ranks; each call is a barrier for all of them.
     for run in (batches[:-1], batches[-1:]):
@@ -45,7 +41,10 @@ def _pipeline_losses(engine: PipelineEngine, batches: list[Tensor]) -> list[Tens
             continue
         engine.reset_activation_shape()  # stages tell each other shapes only once
         found = engine.eval_batch(
-            micro_batch_pairs(run), reduce_output=None, bcast_loss=False, num_micro_batches=len(run)
+            pipeline_inputs(run, 1.0),
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=len(run),
         )
         losses += found or []
     engine.reset_activation_shape()
@@ -80,7 +79,7 @@ def next_token_logits(engine: DeepSpeedEngine, tokens: Tensor, context: int) -> 
     module: GPTPipeline = engine.module
     engine.reset_activation_shape()
     _, logits = engine.eval_batch(
-        iter([(padded, padded)]),
+        pipeline_inputs([MicroBatch(padded, padded)], 1.0),
         return_logits=True,
         bcast_loss=False,
         reduce_output=None,
@@ -88,7 +87,7 @@ def next_token_logits(engine: DeepSpeedEngine, tokens: Tensor, context: int) -> 
     )
     engine.reset_activation_shape()
     if engine.is_last_stage():
-        whole = gather_from_group(logits, -1, module.tp_group)[:, :count, : module.config.vocab]
+        whole = gather_from_group(logits, -1, module.tp.group)[:, :count, : module.config.vocab]
         whole = whole.float().contiguous()
     else:
         whole = torch.empty((1, count, module.config.vocab), device=engine.device)

@@ -1,68 +1,160 @@
-"""A recipe's engine on one of several local ranks, for the scripts that compare and time it."""
+"""From a recipe to an engine: the one way, for training, parity, benchmarks and traces.
+
+    plan_run     recipe, number of ranks -> layout, DeepSpeed JSON, data; no process group, no GPU
+    join_ranks   the ops that the JSON needs, the process group, the grid's groups
+    build_engine (`engine.py`) the model on DeepSpeed's engine
+
+`launch/train.py` puts the run folder and the checkpoint between the last two; `local_engine` is all three.
+"""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from launch.config.layout import Layout, plan_layout
 from launch.config.load import recipe_from_dict
-from launch.config.schema import Recipe
+from launch.config.resolve import resolve
+from launch.config.schema import GPTModel, Recipe
+from launch.data.batch import Batch, ValidationSet
+from launch.data.batches import Batches, Weights, load_batches, validation_set
+from launch.data.prepare import Corpus
+from launch.errors import UserError
+from launch.runtime.op_builder import build_ops, ops_needed, use_private_cache
 
 if TYPE_CHECKING:
-    import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from launch.runtime.process_group import Ranks
+    from models.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that is known of a run before its ranks meet. `ds_config` is the resolved JSON."""
+
+    recipe: Recipe
+    layout: Layout
+    ds_config: dict[str, Any]
+    corpus: Corpus
+    batches: Batches
+
+    def batch(self, step: int, data_rank: int = 0) -> Batch:
+        """A data parallel rank's part of the global batch of a step, counted from 0."""
+        return self.batches.rank_batch(step, self.layout, data_rank)
+
+    def validation(self, data_rank: int = 0) -> ValidationSet:
+        """A data parallel rank's part of the validation set."""
+        train = self.recipe.train
+        return validation_set(
+            self.corpus.held_out,
+            self.recipe.data.sequence_length,
+            train.eval_batches * train.global_batch_size,
+            train.micro_batch_size,
+            data_rank,
+            self.layout.grid["data"],
+            self.batches.separator,
+        )
+
+
+def plan_run(
+    recipe: Recipe,
+    world_size: int,
+    say: Callable[[str], None] = print,
+    weights: Weights | None = None,
+) -> RunPlan:
+    """Check a recipe against its ranks and its JSON, and get its data ready.
+
+    Args:
+        recipe: what to run.
+        world_size: on how many ranks.
+        say: receives a line where there is something to tell.
+        weights: loss weights, as for `Batches`.
+
+    Raises:
+        UserError: where the recipe, the JSON, the ranks and the data do not go together.
+    """
+    layout = plan_layout(recipe, world_size)
+    ds_config = resolve(recipe, layout)
+    use_private_cache()
+    corpus, batches = load_batches(recipe, say, weights)
+    _check_vocabulary(recipe, corpus)
+    return RunPlan(recipe, layout, ds_config, corpus, batches)
+
+
+def _check_vocabulary(recipe: Recipe, corpus: Corpus) -> None:
+    if not isinstance(recipe.model, GPTModel):
+        return
+    vocab = recipe.model.shape.vocab
+    if corpus.tokenizer.vocab_size > vocab:
+        raise UserError(
+            f"data.tokenizer: {recipe.data.tokenizer} has {corpus.tokenizer.vocab_size} tokens, and the "
+            f"model's vocabulary is {vocab}; set model.vocab to at least the former"
+        )
+
+
+def join_ranks(plan: RunPlan, say: Callable[[str], None] = print) -> "tuple[Ranks, Topology]":
+    """Build what the JSON needs, meet the other ranks, and make the groups of the grid. A collective.
+
+    Raises:
+        UserError: where an op cannot be built, or the ranks cannot meet.
+    """
+    from launch.runtime.process_group import connect
+    from launch.training.engine import make_topology
+
+    build_ops(ops_needed(plan.ds_config), say)
+    return connect(), make_topology(plan.recipe, plan.layout)
 
 
 class LocalEngine(NamedTuple):
-    """What a rank holds. `batch` maps a step, from 0, to this rank's part of its global batch."""
+    """What a rank holds."""
 
-    recipe: Recipe
+    plan: RunPlan
     ranks: "Ranks"
+    topology: "Topology"
     engine: "DeepSpeedEngine"
-    batch: "Callable[[int], torch.Tensor]"
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among those with the same weights."""
+        return self.topology.get_data_parallel_rank()
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of the global batch of a step, counted from 0."""
+        return self.plan.batch(step, self.data_rank)
 
 
 @contextmanager
-def local_engine(values: dict[str, Any], scratch: Path) -> Iterator[LocalEngine]:
-    """Join the ranks that `run_local_ranks` has started, and build the recipe's engine.
+def local_engine(
+    values: dict[str, Any], scratch: Path, weights: Weights | None = None
+) -> Iterator[LocalEngine]:
+    """The recipe's engine on one of the ranks that `run_local_ranks` has started.
 
     Args:
         values: the recipe as plain values, which cross into another process.
         scratch: names the folder that a run with NVMe offload gets below its `nvme_path`.
+        weights: loss weights, as for `Batches`.
 
     Raises:
         UserError: as `launch/train.py`.
     """
-    from launch.runtime.process_group import connect, prepare_environment
+    from launch.runtime.process_group import prepare_environment
 
     prepare_environment()
 
-    from launch.config.layout import plan_layout
-    from launch.config.resolve import resolve
-    from launch.data.batches import load_batches
     from launch.deepspeed_patches.nvme_folder import make_empty, remove, with_own_swap_folder
-    from launch.runtime.op_builder import build_ops, ops_needed, use_private_cache
-    from launch.training.engine import build_engine, make_topology
 
-    use_private_cache()
-    recipe = recipe_from_dict(values)
-    layout = plan_layout(recipe, int(os.environ["WORLD_SIZE"]))
-    _, batches = load_batches(recipe)
-    ds_config, swap_folders = with_own_swap_folder(resolve(recipe, layout), scratch)
-    build_ops(ops_needed(ds_config), print)
+    plan = plan_run(recipe_from_dict(values), int(os.environ["WORLD_SIZE"]), weights=weights)
+    ds_config, swap_folders = with_own_swap_folder(plan.ds_config, scratch)
     if os.environ["LOCAL_RANK"] == "0":
         make_empty(swap_folders)
-    ranks = connect()
-    topology = make_topology(recipe, layout)
-    engine = build_engine(recipe, ds_config, ranks, topology)
-    yield LocalEngine(
-        recipe,
-        ranks,
-        engine,
-        lambda step: batches.rank_batch(step, layout, topology.get_data_parallel_rank()),
-    )
+    ranks, topology = join_ranks(plan)
+
+    from launch.training.engine import build_engine
+
+    engine = build_engine(plan.recipe, ds_config, ranks, topology)
+    yield LocalEngine(plan, ranks, topology, engine)
     if ranks.local_rank == 0:
         remove(swap_folders)

@@ -14,6 +14,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
+from launch.data.batch import Batch, MicroBatch
+
 
 @dataclass(frozen=True)
 class Step:
@@ -25,26 +27,28 @@ class Step:
     skipped: bool = False
 
 
-def train_step(engine: DeepSpeedEngine, batch: Tensor) -> Step:
+def train_step(engine: DeepSpeedEngine, batch: Batch) -> Step:
     """One optimizer step on this rank's part of a global batch.
 
-    `batch` is `[accumulation, micro_batch, sequence + 1]`: each row's tokens predict the same row
-    one place on. DeepSpeed divides each micro batch's loss by the accumulation steps, and averages
-    the gradients over the data parallel ranks.
+    The loss is the weighted sum over the global batch's labels, divided by their total weight.
+    DeepSpeed divides each micro batch's loss by the accumulation steps and averages the gradients over
+    the data parallel ranks: `denominator` is the total weight with both taken out.
     """
     learning_rate = float(engine.get_lr()[0])
+    data_size = dist.get_world_size(engine.data_parallel_group)
+    denominator = batch.total_weight / (len(batch) * data_size)
     if isinstance(engine, PipelineEngine):
-        loss = float(engine.train_batch(micro_batch_pairs(batch)))
+        loss = float(engine.train_batch(pipeline_inputs(batch.micro_batches(), denominator)))
     else:
         loss_sum = torch.zeros((), device=engine.device)
-        for sequences in batch.to(engine.device):
-            micro_loss = engine(sequences[:, :-1], sequences[:, 1:])
+        for micro_batch in batch.micro_batches():
+            micro_loss = engine(*micro_batch.to(engine.device)) / denominator
             loss_sum += micro_loss.detach()
             engine.backward(micro_loss)
             engine.step()
         loss_sum /= len(batch)
         dist.all_reduce(loss_sum, group=engine.data_parallel_group)
-        loss = loss_sum.item() / dist.get_world_size(engine.data_parallel_group)
+        loss = loss_sum.item() / data_size
     norm = engine.get_global_grad_norm()
     return Step(
         loss=loss,
@@ -54,6 +58,11 @@ def train_step(engine: DeepSpeedEngine, batch: Tensor) -> Step:
     )
 
 
-def micro_batch_pairs(batch: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and labels of each micro batch, as the pipeline engine takes them."""
-    return iter([(sequences[:, :-1], sequences[:, 1:]) for sequences in batch])
+def pipeline_inputs(
+    micro_batches: Iterable[MicroBatch], denominator: float
+) -> Iterator[tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Micro batches as `GPTPipeline` takes them: what the first stage is sent, and the loss's target."""
+    divisor = torch.tensor(denominator)
+    for tokens, labels, loss_weights, positions in micro_batches:
+        target = (labels, divisor) if loss_weights is None else (labels, divisor, loss_weights)
+        yield (tokens if positions is None else (tokens, positions)), target

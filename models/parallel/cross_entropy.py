@@ -10,17 +10,27 @@ from torch import Tensor
 from models.parallel.collectives import Group, group_rank, group_size, untraced
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over all tokens of -log p(label), in fp32: `[..., vocab]` and `[...]` to a scalar.
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum over all tokens of -log p(label), in fp32: `[..., vocab]` and `[...]` to a scalar.
 
     bf16 has 8 bits of precision: a loss computed in it moves in steps of about 0.4%.
+
+    Args:
+        logits: `[..., vocab]`.
+        labels: `[...]` token ids.
+        weights: `[...]`, how much each token's loss counts; None: once.
     """
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+    scores, ids = logits.float().flatten(0, -2), labels.flatten()
+    if weights is None:
+        return F.cross_entropy(scores, ids, reduction="sum")
+    return F.cross_entropy(scores, ids, reduction="none").dot(weights.flatten())
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab: int, group: Group) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, vocab: int, group: Group
+    ) -> Tensor:
         width = logits.shape[-1]
         first = group_rank(group) * width
         scores = logits.float()
@@ -38,24 +48,25 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         sums = torch.stack((total, chosen))
         dist.all_reduce(sums, group=group)
         total, chosen = sums
-        ctx.save_for_backward(odds.div_(total.unsqueeze(-1)), mine, column)
+        ctx.save_for_backward(odds.div_(total.unsqueeze(-1)), mine, column, weights)
         ctx.dtype = logits.dtype
-        loss: Tensor = (total.log() - chosen).mean()
-        return loss
+        losses: Tensor = total.log() - chosen
+        return (losses if weights is None else losses * weights).sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, mine, column = ctx.saved_tensors
-        # d loss / d logit = probability - [this is the label], over the number of tokens.
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        probabilities, mine, column, weights = ctx.saved_tensors
+        # d loss / d logit = weight * (probability - [this is the label]).
         ones = mine.unsqueeze(-1).to(probabilities.dtype)
         change = probabilities.scatter_add(-1, column, -ones)
-        return (change * (gradient / mine.numel())).to(ctx.dtype), None, None, None
+        scale = gradient if weights is None else gradient * weights.unsqueeze(-1)
+        return (change * scale).to(ctx.dtype), None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, vocab: int, group: Group
+    logits: Tensor, labels: Tensor, weights: Tensor | None, vocab: int, group: Group
 ) -> Tensor:
-    """Mean over all tokens of -log p(label), in fp32, from logits of which each rank has columns.
+    """Sum over all tokens of -log p(label), in fp32, from logits of which each rank has columns.
 
     What crosses the ranks is three numbers a token, and never the logits (arXiv:1909.08053, section
     3).
@@ -63,6 +74,7 @@ def vocab_parallel_cross_entropy(
     Args:
         logits: `[..., padded vocab / ranks]`; rank r has columns r * width to (r + 1) * width.
         labels: `[...]` token ids, the same on every rank.
+        weights: `[...]`, how much each token's loss counts, the same on every rank; None: once.
         vocab: the number of real columns; those after it are padding.
         group: the tensor parallel ranks.
 
@@ -70,5 +82,5 @@ def vocab_parallel_cross_entropy(
         A scalar, the same on every rank.
     """
     if group_size(group) == 1:
-        return cross_entropy(logits[..., :vocab], labels)
-    return untraced(_VocabParallelCrossEntropy, logits, labels, vocab, group)
+        return cross_entropy(logits[..., :vocab], labels, weights)
+    return untraced(_VocabParallelCrossEntropy, logits, labels, weights, vocab, group)

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config.layout import plan_layout
 from launch.config.load import load_recipe, recipe_from_dict
-from launch.config.resolve import resolve
 from launch.config.schema import Recipe
-from launch.data.batches import load_batches
 from launch.parity.compare import Difference, compare, key_biases, tolerances_of
-from launch.parity.run import Trace, run_layout, run_reference
+from launch.parity.run import Trace, plan_reference, run_layout, run_reference
 from launch.paths import ROOT
 from tests.ranks import run_ranks
 
 STEPS = 4
 LEARNING_RATE = 1e-3
+DOCUMENTS, SHORT = "data.document_mask=true", 2  # words, so that a row has several documents
 CLIP, NO_CLIP = 0.5, 100.0  # half a gradient's norm and less; more than it ever is
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -59,12 +57,15 @@ class Case:
     clip: float = CLIP
     checkpoint_activations: bool = False
     overrides: tuple[str, ...] = ()
+    uneven_weights: bool = False  # of the labels, as launch/parity/weights.py has them
 
     @property
     def name(self) -> str:
         """For pytest's list."""
         changed = [override.rpartition(".")[2] for override in self.overrides]
-        return "-".join([self.stem, str(self.ranks), self.precision, self.family, *changed])
+        weights = ["uneven"] if self.uneven_weights else []
+        parts = [self.stem, str(self.ranks), self.precision, self.family, *changed, *weights]
+        return "-".join(parts)
 
     def recipe(self, folder: Path, changes: dict[str, Any] | None = None) -> Recipe:
         """The tiny recipe, made smaller still; `folder` is for its text and what it swaps."""
@@ -75,7 +76,7 @@ class Case:
         values: dict[str, Any] = {f"model.{k}": v for k, v in FAMILIES[self.family].items()}
         values |= {
             "model.checkpoint_activations": self.checkpoint_activations,
-            "data.source": write_text(folder),
+            "data.source": write_text(folder, SHORT if DOCUMENTS in self.overrides else 80),
             "data.tokenizer": "bytes",
             "data.sequence_length": 16,
             "data.cache_dir": folder / "cache",
@@ -113,24 +114,20 @@ class Workbench:
         self._references: dict[str, Trace] = {}
         self._sound: dict[str, list[Difference]] = {}
 
-    def reference(self, recipe: Recipe) -> Trace:
-        """The plain loop's trace, without activation checkpointing whatever the recipe says."""
-        recipe = recipe.on_one_device()
-        alone = plan_layout(recipe, 1)
-        ds_config = resolve(recipe, alone)
+    def reference(self, recipe: Recipe, uneven: bool) -> tuple[Trace, dict[str, Any]]:
+        """The plain loop's trace and JSON, without activation checkpointing whatever the recipe says."""
         values = recipe.model_dump()
         values["model"]["checkpoint_activations"] = False
+        plan = plan_reference(recipe_from_dict(values), uneven=uneven)
+        ds_config = plan.ds_config
         parts = [values[key] for key in ("model", "data", "train")]
         parts += [
             ds_config.get(key) for key in ("bf16", "fp16", "torch_autocast", "gradient_clipping")
         ]
-        key = json.dumps([*parts, ds_config["optimizer"]["params"]], sort_keys=True)
+        key = json.dumps([*parts, ds_config["optimizer"]["params"], uneven], sort_keys=True)
         if key not in self._references:
-            _, batches = load_batches(recipe)
-            self._references[key] = run_reference(
-                recipe_from_dict(values), ds_config, lambda step: batches.rank_batch(step, alone, 0)
-            )
-        return self._references[key]
+            self._references[key] = run_reference(plan)
+        return self._references[key], ds_config
 
     def sound(self, case: Case, changes: dict[str, Any] | None = None) -> list[Difference]:
         """`compare` without a fault, once a case."""
@@ -146,24 +143,25 @@ class Workbench:
         *before: Any,
         changes: dict[str, Any] | None = None,
     ) -> list[Difference]:
-        """Call `run(*before, recipe's values, scratch folder)` on every rank; the worst comes last."""
+        """Call `run(*before, *arguments of run_layout)` on every rank; the worst comes last."""
         recipe = case.recipe(self.folder, changes)
-        reference = self.reference(recipe)
-        scratch = self.folder / "swap"
-        layout = run_ranks(run, case.ranks, *before, recipe.model_dump(), scratch)[0]
+        reference, ds_config = self.reference(recipe, case.uneven_weights)
+        arguments = (recipe.model_dump(), self.folder / "swap", case.uneven_weights)
+        layout = run_ranks(run, case.ranks, *before, *arguments)[0]
         clipped = [norm > case.clip for norm in reference.grad_norms]
         assert all(clipped) if case.clip == CLIP else not any(clipped)
-        single = recipe.on_one_device()
-        limits = tolerances_of(recipe, resolve(single, plan_layout(single, 1)))
-        return compare(reference, layout, limits, key_biases(recipe))
+        return compare(reference, layout, tolerances_of(recipe, ds_config), key_biases(recipe))
 
 
-def write_text(folder: Path) -> Path:
-    """Enough words for every step, the same ones each time."""
-    file = folder / "text.jsonl"
+def write_text(folder: Path, words_each: int = 80) -> Path:
+    """Enough words for every step, the same ones each time, in documents of `words_each`."""
+    file = folder / f"text{words_each}.jsonl"
     if not file.exists():
         letters = random.Random(0)
         words = ["".join(letters.choices("abcdefgh", k=letters.randint(2, 7))) for _ in range(60)]
-        lines = [json.dumps({"text": " ".join(letters.choices(words, k=80))}) for _ in range(60)]
+        lines = [
+            json.dumps({"text": " ".join(letters.choices(words, k=words_each))})
+            for _ in range(60 * 80 // words_each)
+        ]
         file.write_text("\n".join(lines))
     return file

@@ -15,7 +15,7 @@ def fp16(stage: int) -> tuple[str, ...]:
     )
 
 
-def run_layout_in_fp16(values: dict[str, Any], scratch: Path) -> Trace:
+def run_layout_in_fp16(values: dict[str, Any], scratch: Path, uneven: bool) -> Trace:
     """`run_layout` on a CPU that DeepSpeed takes for one with fp16 instructions.
 
     torch computes fp16 on any; what is above it (loss scale, casts, ZeRO) is the real thing.
@@ -23,4 +23,4 @@ def run_layout_in_fp16(values: dict[str, Any], scratch: Path) -> Trace:
     from deepspeed.accelerator import get_accelerator
 
     type(get_accelerator()).is_fp16_supported = lambda self: True
-    return run_layout(values, scratch)
+    return run_layout(values, scratch, uneven)

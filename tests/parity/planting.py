@@ -16,10 +16,10 @@ def plant(owner: Any, name: str, wrong: Any) -> None:
     mock.patch.object(owner, name, wrong).start()  # the process ends with the run
 
 
-def faulty_layout(fault: Fault, values: dict[str, Any], scratch: Path) -> Trace:
+def faulty_layout(fault: Fault, values: dict[str, Any], scratch: Path, uneven: bool) -> Trace:
     """Run in each rank: plant the fault, then be a rank like any other."""
     fault()
-    return run_layout(values, scratch)
+    return run_layout(values, scratch, uneven)
 
 
 def first_seen(differences: list[Difference]) -> list[str]:

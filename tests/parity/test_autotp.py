@@ -64,7 +64,7 @@ class HFCase(Case):
         return recipe_from_dict(values)
 
 
-def _run(fault: str, values: dict[str, Any], scratch: Path) -> Trace:
+def _run(fault: str, values: dict[str, Any], scratch: Path, uneven: bool) -> Trace:
     """A rank of the layout, without one of the mends or with a fault planted in DeepSpeed."""
     from deepspeed.module_inject.layers import RowParallel
 
@@ -76,7 +76,7 @@ def _run(fault: str, values: dict[str, Any], scratch: Path) -> Trace:
         plant(engine, "mark_gradients", lambda engine: None)
     else:
         plant(engine, "show_plan", lambda model: None)
-    return run_layout(values, scratch)
+    return run_layout(values, scratch, uneven)
 
 
 CASES = [
@@ -144,7 +144,7 @@ def _replicas(values: dict[str, Any], scratch: Path) -> tuple[dict[str, Any], di
     from launch.training.train_step import train_step
 
     with local_engine(values, scratch) as local:
-        for step in range(local.recipe.train.steps):
+        for step in range(local.plan.recipe.train.steps):
             train_step(local.engine, local.batch(step))
         names = canonical_names(local.engine.module)
         shapes = {name: whole_shape(parameter) for name, parameter in names.items()}

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from launch.checkpoint.full_weights import canonical_names
 from launch.config.layout import plan_layout
 from launch.config.resolve import resolve
 from launch.config.schema import Recipe
-from launch.data.batches import held_out_share
+from launch.data.batches import validation_set
 from launch.data.prepare import Corpus, prepare, tokens_needed
 from launch.ds_json.view import compute_dtype
 from launch.parity.compare import tolerances_of
@@ -56,25 +57,19 @@ def _train_and_look(values: dict[str, Any], scratch: Path, counts: list[int]) ->
 
     held_out, text, weights, logits = [], "", {}, torch.empty(0)
     with local_engine(values, scratch) as local:
-        recipe, engine = local.recipe, local.engine
-        layout = plan_layout(recipe, local.ranks.world_size)
+        engine, layout, corpus = local.engine, local.plan.layout, local.plan.corpus
         data_rank = layout.grid.coordinates(local.ranks.rank)["data"]
-        corpus = _corpus(recipe)
         losses = []
         for step in range(STEPS):
             losses.append(train_step(engine, local.batch(step)).loss)
             if step != STEPS // 2 - 1 or not counts:
                 continue
             for count in counts:
-                share = held_out_share(
-                    corpus.held_out,
-                    CONTEXT,
-                    count,
-                    layout.micro_batch,
-                    data_rank,
-                    layout.grid["data"],
-                )
-                held_out.append(evaluate(engine, share))
+                validation = validation_set(
+                    corpus.held_out, CONTEXT, count,
+                    layout.micro_batch, data_rank, layout.grid["data"],
+                )  # fmt: skip
+                held_out.append(evaluate(engine, validation))
             logits = next_token_logits(engine, torch.tensor(TOKENS), CONTEXT).float()
             text = sample(
                 lambda tokens: next_token_logits(engine, tokens, CONTEXT),
@@ -91,9 +86,12 @@ def _one_device(recipe: Recipe, dtype: torch.dtype, counts: list[int], layout: S
     with torch.no_grad():
         for name, parameter in canonical_names(model).items():
             parameter.copy_(layout.weights[name])
-    rows = torch.cat([rows for rows, _ in held_out_share(corpus.held_out, CONTEXT, max(counts), 1)])
+    read = [torch.from_numpy(corpus.held_out.read(i, CONTEXT)) for i in range(max(counts))]
+    rows, held_out = torch.stack(read), []
     with torch.no_grad():
-        held_out = [float(model(rows[:n, :-1], rows[:n, 1:])) for n in counts]
+        for n in counts:
+            scores = model(rows[:n, :-1]).float().flatten(0, 1)
+            held_out.append(float(F.cross_entropy(scores, rows[:n, 1:].flatten())))
         logits = model(torch.tensor(TOKENS)).float()
     text = sample(
         model, corpus.tokenizer, PROMPT, NEW_TOKENS, CONTEXT, torch.device("cpu")

@@ -71,9 +71,9 @@ def shards_not_marked_for_the_norm() -> None:
 
 
 def sequence_parallel_norms_not_reduced() -> None:
-    from models import gpt
+    from models import norms
 
-    plant(gpt, "copy_to_group", lambda x, group: x)
+    plant(norms, "copy_to_group", lambda x, group: x)
 
 
 def losses_of_micro_batches_summed_in_the_pipeline() -> None:

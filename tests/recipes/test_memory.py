@@ -16,11 +16,13 @@ from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, Recipe
+from launch.data.batch import Batch
 from launch.paths import ROOT
 from launch.planner.dry_run import print_dry_run
 from launch.planner.memory import Memory, block_bytes, estimate, stage_parameters
+from models.attention import attention_inputs
 from models.config import SIZES, GPTConfig, count_parameters
-from models.gpt import Block, rotary_table
+from models.gpt import Block
 from models.parallel.grid import Grid
 from models.parallel.topology import Topology
 from models.pipeline import layer_specs
@@ -60,7 +62,7 @@ def built_stages(file: Path) -> list[tuple[int, int]]:
         topology = Topology(grid, max(1, parallel.tensor // config.kv_heads))
         tp = topology.tensor_parallel(parallel.sequence)
         with torch.device("meta"):
-            layers = [spec.build() for spec in layer_specs(config, tp, False)[first:last]]
+            layers = [spec.build() for spec in layer_specs(config, tp)[first:last]]
         if config.tied and parallel.pipeline == 1:
             layers.pop()  # the embedding again
         parameters = [p for layer in layers for p in layer.parameters()]
@@ -125,10 +127,8 @@ def kept_bytes(config: GPTConfig, sequence_parallel: bool, dtype: torch.dtype) -
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    table = None
-    if config.position == "rope":
-        table = rotary_table(config, SEQUENCE, torch.device("cpu"))
-        own |= {part.untyped_storage().data_ptr() for part in table}
+    inputs = attention_inputs(config, SEQUENCE, None, torch.device("cpu"))
+    own |= {part.untyped_storage().data_ptr() for part in inputs.rotary or ()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def kept_bytes(config: GPTConfig, sequence_parallel: bool, dtype: torch.dtype) -
     tokens = SEQUENCE // size if sequence_parallel else SEQUENCE
     x = torch.randn(BATCH, tokens, config.hidden, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = block(x, table)
+        out = block(x, inputs)
     total = sum(
         tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own
     )
@@ -209,9 +209,11 @@ def state_bytes(config: str, overrides: list[str]) -> float:
         take_model_step(*arguments)
 
     engine._take_model_step = watched
-    shape = (layout.accumulation, layout.micro_batch, recipe.data.sequence_length + 1)
+    shape = (layout.accumulation, layout.micro_batch, recipe.data.sequence_length)
     for _ in range(2):
-        train_step(engine, torch.randint(0, 257, shape))
+        ids = torch.randint(0, 257, shape)
+        count = layout.global_batch * recipe.data.sequence_length
+        train_step(engine, Batch(ids, ids, None, None, count))
     return float(seen[1])
 
 

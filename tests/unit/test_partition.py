@@ -41,7 +41,7 @@ def per_stage(config: GPTConfig, bounds: list[int], name: str) -> list[int]:
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_by_layer_are_those_of_the_built_layers(size: str) -> None:
     config = SIZES[size]
-    specs, layers = layer_specs(config, ONE_RANK, False), parameters_by_layer(config)
+    specs, layers = layer_specs(config, ONE_RANK), parameters_by_layer(config)
     assert len(specs) == len(layers) == config.layers + 4
     assert [name for name, _ in layers] == [
         "token", "position", *["block"] * config.layers, "norm", "output",

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import gpt
+from models import attention, gpt, norms
 from models.parallel import collectives as tp_ops
 from models.parallel import tensor_parallel as tp_layers
 from models.parallel.collectives import reduce_from_group
@@ -100,10 +100,12 @@ def no_mask() -> AbstractContextManager[object]:
     return mock.patch.object(F, "scaled_dot_product_attention", attend_to_all)
 
 
-def words_of_padding(logits: Tensor, labels: Tensor, vocab: int, group: tp_ops.Group) -> Tensor:
+def words_of_padding(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, vocab: int, group: tp_ops.Group
+) -> Tensor:
     """Columns that pad the vocabulary are words like others."""
     width = logits.shape[-1] * tp_ops.group_size(group)
-    return vocab_parallel_cross_entropy(logits, labels, width, group)
+    return vocab_parallel_cross_entropy(logits, labels, weights, width, group)
 
 
 def several(*patches: AbstractContextManager[object]) -> AbstractContextManager[object]:
@@ -169,7 +171,7 @@ SEEDED = {
         seen=OUTPUTS,
     ),
     "sequence-parallel norms not summed": Seeded(
-        lambda: mock.patch.object(gpt, "copy_to_group", not_summed),
+        lambda: mock.patch.object(norms, "copy_to_group", not_summed),
         seen=("norm.weight", "norm.bias", "blocks.0.mlp_norm.bias", "copies of norm.weight"),
         unseen=(*OUTPUTS, f"{ATTENTION}.qkv.weight"),
         sequence_parallel=True,
@@ -187,13 +189,13 @@ SEEDED = {
         sequence_parallel=True,
     ),
     "norms of heads not summed": Seeded(
-        lambda: mock.patch.object(gpt, "copy_to_group", not_summed),
+        lambda: mock.patch.object(norms, "copy_to_group", not_summed),
         seen=(f"{ATTENTION}.query_norm.weight", f"copies of {ATTENTION}.key_norm.weight"),
         unseen=(*OUTPUTS, f"{ATTENTION}.qkv.weight"),
         family="qwen3",
     ),
     "shared keys and values not summed": Seeded(
-        lambda: mock.patch.object(gpt, "all_gather", gather_without_sum),
+        lambda: mock.patch.object(attention, "all_gather", gather_without_sum),
         seen=(f"{ATTENTION}.qkv.weight",),
         unseen=(*OUTPUTS, "blocks.1.mlp.down.weight"),
         family="one key/value head",

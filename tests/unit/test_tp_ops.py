@@ -133,7 +133,7 @@ def test_collectives_equal_autograd_of_one_process(ranks: int) -> None:
 
 
 def check_cross_entropy(
-    group: dist.ProcessGroup, vocab: int, scale: float, dtype: torch.dtype
+    group: dist.ProcessGroup, vocab: int, scale: float, dtype: torch.dtype, weighted: bool
 ) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     width = -(-vocab // size)
@@ -142,14 +142,16 @@ def check_cross_entropy(
     whole = torch.stack((whole, whole.flip(0)))  # [2, 3, vocab]
     labels = torch.randint(0, vocab, (2, 3), generator=generator)
     labels[0, 0], labels[1, 2] = 0, vocab - 1  # words at the edges of the first and last rank
+    weights = torch.tensor([[0.0, 2.0, 1.0], [0.5, 0.0, 1.0]]) if weighted else None
     # What stands in columns that are no words must not matter, however large it is.
     padded = F.pad(whole, (0, width * size - vocab), value=1e6)
     mine = padded[..., rank * width : (rank + 1) * width].clone().requires_grad_()
     before = mine.detach().clone()
-    loss = vocab_parallel_cross_entropy(mine, labels, vocab, group)
+    loss = vocab_parallel_cross_entropy(mine, labels, weights, vocab, group)
     (3 * loss).backward()
     whole.requires_grad_()
-    expected = F.cross_entropy(whole.float().flatten(0, 1), labels.flatten())
+    losses = F.cross_entropy(whole.float().flatten(0, 1), labels.flatten(), reduction="none")
+    expected = (losses if weights is None else losses * weights.flatten()).sum()
     (3 * expected).backward()
     assert mine.grad is not None and whole.grad is not None
     assert torch.equal(mine, before)
@@ -169,11 +171,12 @@ def check_cross_entropies() -> None:
     for vocab in (48, 97, 9):
         for scale in (1.0, 1e4):
             for dtype in (torch.float32, torch.bfloat16):
-                try:
-                    check_cross_entropy(group, vocab, scale, dtype)
-                except AssertionError as error:
-                    error.add_note(f"vocab {vocab}, scale {scale}, {dtype}")
-                    raise
+                for weighted in (False, True):
+                    try:
+                        check_cross_entropy(group, vocab, scale, dtype, weighted)
+                    except AssertionError as error:
+                        error.add_note(f"vocab {vocab}, scale {scale}, {dtype}, {weighted}")
+                        raise
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -187,7 +190,7 @@ def cross_entropy_traffic() -> list[tuple[str, list[torch.Size]]]:
     mine = torch.randn(2, 5, 1000, requires_grad=True)
     traffic = Traffic()
     with traffic:
-        vocab_parallel_cross_entropy(mine, labels, 1990, group).backward()
+        vocab_parallel_cross_entropy(mine, labels, None, 1990, group).backward()
     return traffic.shapes
 
 
@@ -201,5 +204,5 @@ def test_cross_entropy_on_one_rank_leaves_the_padding_out() -> None:
     logits = torch.zeros(2, 3, 8)
     logits[..., 6:] = 100.0
     labels = torch.zeros(2, 3, dtype=torch.long)
-    found = vocab_parallel_cross_entropy(logits, labels, 6, None)
-    assert found.item() == pytest.approx(torch.tensor(6.0).log().item())
+    found = vocab_parallel_cross_entropy(logits, labels, None, 6, None)
+    assert found.item() == pytest.approx(6 * torch.tensor(6.0).log().item())

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models import gpt
+from models import attention, gpt
 from models.gpt import GPT
 from models.parallel import rng as tp_random
 from models.parallel.rng import dropout, own_generator
@@ -177,13 +177,13 @@ def unsaved_generator() -> AbstractContextManager[object]:
         states["own"] = torch.get_rng_state()
         torch.set_rng_state(shared)
 
-    return mock.patch.object(gpt, "own_generator", own)
+    return mock.patch.object(attention, "own_generator", own)
 
 
 def one_mask_for_all() -> AbstractContextManager[object]:
     """Every rank draws from the shared generator."""
     stack = contextlib.ExitStack()
-    for module in (gpt, tp_random):
+    for module in (attention, tp_random):
         stack.enter_context(
             mock.patch.object(module, "own_generator", lambda group, device: nullcontext())
         )

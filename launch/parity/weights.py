@@ -1,0 +1,39 @@
+"""Labels that count unequally, as in fine-tuning: the loss is then no mean of micro batches' means."""
+
+import numpy as np
+import numpy.typing as npt
+
+from launch.config.schema import Recipe
+from launch.data.batches import Weights
+
+PARTS = 8  # of a global batch, in runs of rows: with 8 micro batches, each of them is one part
+FEW = 3
+
+
+def uneven_weights(recipe: Recipe) -> Weights:
+    """Loss weights that differ from micro batch to micro batch, a function of (seed, step) alone.
+
+    Of each four parts of the global batch one has no label that counts, one has 3, one has all, and
+    in one each label counts between 0 and 2 times. The parts change places from step to step.
+    """
+    rows, length, seed = (
+        recipe.train.global_batch_size,
+        recipe.data.sequence_length,
+        recipe.train.seed,
+    )
+
+    def weights(step: int) -> npt.NDArray[np.float32]:
+        generator = np.random.default_rng([seed, step])
+        found = np.zeros((rows, length), dtype=np.float32)
+        for part in range(PARTS):
+            mine = found[part * rows // PARTS : (part + 1) * rows // PARTS]
+            kind = (part + step) % 4
+            if kind == 1:
+                mine.flat[generator.choice(mine.size, min(FEW, mine.size), replace=False)] = 1.0
+            elif kind == 2:
+                mine[:] = 1.0
+            elif kind == 3:
+                mine[:] = generator.uniform(0.0, 2.0, mine.shape)
+        return found
+
+    return weights
