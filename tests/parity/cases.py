@@ -16,7 +16,8 @@ from tests.ranks import run_ranks
 
 STEPS = 4
 LEARNING_RATE = 1e-3
-DOCUMENTS, SHORT = "data.document_mask=true", 2  # words, so that a row has several documents
+DOCUMENTS = "data.document_mask=true"
+LONG, SHORT = 80, 2  # words in a document; a row holds several short ones
 CLIP, NO_CLIP = 0.5, 100.0  # half a gradient's norm and less; more than it ever is
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -76,7 +77,7 @@ class Case:
         values: dict[str, Any] = {f"model.{k}": v for k, v in FAMILIES[self.family].items()}
         values |= {
             "model.checkpoint_activations": self.checkpoint_activations,
-            "data.source": write_text(folder, SHORT if DOCUMENTS in self.overrides else 80),
+            "data.source": write_text(folder, SHORT if DOCUMENTS in self.overrides else LONG),
             "data.tokenizer": "bytes",
             "data.sequence_length": 16,
             "data.cache_dir": folder / "cache",
@@ -153,15 +154,15 @@ class Workbench:
         return compare(reference, layout, tolerances_of(recipe, ds_config), key_biases(recipe))
 
 
-def write_text(folder: Path, words_each: int = 80) -> Path:
+def write_text(folder: Path, words_each: int = LONG) -> Path:
     """Enough words for every step, the same ones each time, in documents of `words_each`."""
-    file = folder / f"text{words_each}.jsonl"
+    file = folder / ("text.jsonl" if words_each == LONG else "short.jsonl")
     if not file.exists():
         letters = random.Random(0)
         words = ["".join(letters.choices("abcdefgh", k=letters.randint(2, 7))) for _ in range(60)]
         lines = [
             json.dumps({"text": " ".join(letters.choices(words, k=words_each))})
-            for _ in range(60 * 80 // words_each)
+            for _ in range(60 * LONG // words_each)
         ]
         file.write_text("\n".join(lines))
     return file

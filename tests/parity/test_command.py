@@ -34,8 +34,9 @@ def run(*given: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_two_ranks_agree_with_one_device(tmp_path: Path) -> None:
-    done = run(*arguments(tmp_path), "--ranks", "2")
+@pytest.mark.parametrize("weights", [(), ("--uneven-loss-weights",)])
+def test_two_ranks_agree_with_one_device(tmp_path: Path, weights: tuple[str, ...]) -> None:
+    done = run(*arguments(tmp_path), "--ranks", "2", *weights)
     assert done.returncode == 0, done.stderr
     assert "parity holds" in done.stdout
     rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
@@ -44,13 +45,13 @@ def test_two_ranks_agree_with_one_device(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "parity.png").stat().st_size > 10_000
 
 
-def faulty_write_layout_trace(values: dict[str, object], file: Path) -> None:
+def faulty_write_layout_trace(values: dict[str, object], file: Path, uneven: bool) -> None:
     """Run in each rank by `test_a_fault_ends_with_exit_code_1`."""
     from launch.parity.run import write_layout_trace
     from tests.parity.test_faults import gradients_not_divided_by_the_accumulation_steps
 
     gradients_not_divided_by_the_accumulation_steps()
-    write_layout_trace(values, file)
+    write_layout_trace(values, file, uneven)
 
 
 def test_a_fault_ends_with_exit_code_1(
