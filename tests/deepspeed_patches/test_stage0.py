@@ -48,16 +48,18 @@ def test_bf16_norm_leaves_out_shards() -> None:
     assert norms == [3.0, 3.0], repaired("stage0.mark_gradients")  # 5 would be right
 
 
-def updates_of_stages() -> float:
-    """Two stages of one weight each; the weight's change is its clipped gradient (SGD, lr 1)."""
+def update_of_a_stage(tied: bool) -> float:
+    """Of two stages with one weight each; the change is the clipped gradient (SGD, lr 1)."""
     import torch
-    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
     start()
-    layers = [LayerSpec(torch.nn.Linear, 1, 1, bias=False) for _ in range(2)]
-    model = PipelineModule(layers, num_stages=2, loss_fn=lambda y, label: 1000.0 * y.sum())
-    weight = next(model.parameters())
+    linear = (torch.nn.Linear, 1, 1, False)
+    layer = TiedLayerSpec("same", *linear) if tied else LayerSpec(*linear)
+    model = PipelineModule([layer] * 2, num_stages=2, loss_fn=lambda y, label: 1000.0 * y.sum())
+    weight: Any = next(model.parameters())
     torch.nn.init.ones_(weight)
+    weight.tensor_model_parallel = tied  # as an embedding cut by vocabulary has it
     engine = initialize(
         model, {"gradient_clipping": 1.0}, optimizer=torch.optim.SGD([weight], lr=1.0)
     )
@@ -66,10 +68,17 @@ def updates_of_stages() -> float:
 
 
 def test_pipeline_clips_on_the_norm_of_the_first_stage() -> None:
-    first, second = run_ranks(updates_of_stages, 2)
+    first, second = run_ranks(update_of_a_stage, 2, False)
     # Both gradients are 1000, so the right clip makes both 1 / sqrt(2): together a norm of 1.
     assert first == pytest.approx(1.0, rel=1e-4), repaired("stage0.count_each_parameter_once")
     assert second == pytest.approx(1.0, rel=1e-4), repaired("stage0.count_each_parameter_once")
+
+
+def test_pipeline_counts_a_tied_weight_twice() -> None:
+    first, second = run_ranks(update_of_a_stage, 2, True)
+    assert first == second
+    # 1 would be right, as there is one weight.
+    assert first == pytest.approx(0.5**0.5, rel=1e-4), repaired("stage0.count_each_parameter_once")
 
 
 def norm_in_fp32() -> float | None:
