@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from launch.deepspeed_patches.autotp import merged, whole_shape
 from models.gpt import GPT
 from models.parallel.tensor_parallel import Shard
 from models.pipeline import GPTPipeline
@@ -62,7 +62,7 @@ def full_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
         whole = (parameter if master is None else master).detach().float()
         shard: Shard | None = getattr(parameter, "shard", None)
         if shard is None:
-            return merged(engine, parameter, whole)
+            return gather_tp_shards(engine, parameter, whole)
         group = _tensor_group(engine)
         shards = [torch.empty_like(whole) for _ in range(shard.size)]
         dist.all_gather(shards, whole.contiguous(), group=group)
@@ -108,4 +108,29 @@ def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             whole = GPT(model.config)
         return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
-    return {name: whole_shape(parameter) for name, parameter in canonical_names(model).items()}
+    return {name: unsharded_shape(parameter) for name, parameter in canonical_names(model).items()}
+
+
+def unsharded_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter before AutoTP and ZeRO-3 cut it."""
+    cut = getattr(parameter, DS_AUTOTP_UC_META, None)
+    return tuple(cut["original_shape"] if cut else getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gather_tp_shards(engine: DeepSpeedEngine, parameter: nn.Parameter, shard: Tensor) -> Tensor:
+    """A whole tensor from the tensor ranks' shards of it, which may be uneven. A collective.
+
+    `shard` is this rank's, with the shape that AutoTP left it, or a replica, which comes back as it is.
+    """
+    cut = getattr(parameter, DS_AUTOTP_UC_META, None)
+    if cut is None or cut["replicated"]:
+        return shard
+    dim, sizes = cut["partition_dim"], cut["partition_sizes"]
+    group = engine.mpu.get_tensor_model_parallel_group()
+    shape = list(unsharded_shape(parameter))
+    shape[dim] = max(sizes)
+    padded = shard.new_zeros(shape)
+    padded.narrow(dim, 0, sizes[dist.get_rank(group)]).copy_(shard)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([p.narrow(dim, 0, n) for p, n in zip(parts, sizes, strict=True)], dim)

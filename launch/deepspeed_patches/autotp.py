@@ -1,4 +1,4 @@
-"""`family: hf` over tensor ranks: DeepSpeed's AutoTP, and what it leaves out or gets wrong.
+"""AutoTP, which cuts models of `family: hf` over tensor ranks: plans that it misses or gets wrong.
 
 AutoTP cuts a transformers model by the plan that transformers ships with it: the linear layers of
 attention and MLP, by output rows ("colwise": queries, keys, values, gate, up) or input columns
@@ -11,13 +11,9 @@ coordinate innermost; all ranks of a tensor group must get the same batch.
 import re
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 from deepspeed.module_inject.tp_plan_converter import SUPPORTED_STYLES, TPPlanConverter
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
-from torch import Tensor, nn
+from torch import nn
 
 from launch.errors import UserError
 
@@ -28,7 +24,14 @@ _WITHOUT = "use parallel.tensor=1 and a ds_configs/zero3*.json, which cuts any m
 
 
 def check_plan(model: "HFCausalLM", tensor: int, stage: int) -> None:
-    """Refuse a model that AutoTP cannot cut, or cuts wrongly without a word. On "meta" too.
+    """Reject a model that AutoTP cannot cut, or cuts wrongly. The model may be on "meta".
+
+    Defect: where a plan leaves out a parameter that works on a shard (the learned activation of Apertus),
+        AutoTP leaves each rank its own part of the gradient.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: read the plan as AutoTP does, and reject such a model, with those that AutoTP itself
+        rejects later or cuts by the names of layers.
+    Proof: test_autotp.py::test_autotp_leaves_parameters_of_apertus_out
 
     Raises:
         UserError: naming the reason, and the nearest layout that works.
@@ -89,38 +92,17 @@ def _whole_among_shards(model: nn.Module, plan: dict[str, str]) -> list[str]:
     ]
 
 
-def show_plan(model: "HFCausalLM") -> None:
-    """Let AutoTP find in our wrapper what it looks for on the model that it is given.
+def expose_tp_plan(model: "HFCausalLM") -> None:
+    """Give our wrapper what AutoTP looks for on a model. Call it before `deepspeed.initialize`.
 
-    Call it before `deepspeed.initialize`. Without it DeepSpeed 0.19.8 sees neither key/value heads nor
-    a plan, and cuts by the names of layers: right for Llama, but it leaves each rank of a Qwen3 its own
-    part of the gradients of q_norm and k_norm, and the ranks drift apart.
+    Defect: AutoTP looks for the plan and the key/value heads on the model that it is given, not on the
+        transformers model inside. Without them it cuts by the names of layers. That is right for Llama;
+        each rank of a Qwen3 keeps its own part of the gradients of q_norm and k_norm, and the ranks
+        drift apart.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: copy the configuration and the plan to the wrapper.
+    Proof: test_autotp.py::test_autotp_finds_no_plan_through_a_wrapper
     """
     wrapper: Any = model
     wrapper.config = model.model.config
     wrapper._tp_plan = _get_hf_tp_plan(model.model)
-
-
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter before AutoTP and ZeRO-3 cut it."""
-    cut = getattr(parameter, DS_AUTOTP_UC_META, None)
-    return tuple(cut["original_shape"] if cut else getattr(parameter, "ds_shape", parameter.shape))
-
-
-def merged(engine: DeepSpeedEngine, parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """A whole tensor from the tensor ranks' shards of it, which may be uneven. A collective.
-
-    `shard` is this rank's, with the shape that AutoTP left it, or a replica, which comes back as it is.
-    """
-    cut = getattr(parameter, DS_AUTOTP_UC_META, None)
-    if cut is None or cut["replicated"]:
-        return shard
-    dim, sizes = cut["partition_dim"], cut["partition_sizes"]
-    group = engine.mpu.get_tensor_model_parallel_group()
-    shape = list(whole_shape(parameter))
-    shape[dim] = max(sizes)
-    padded = shard.new_zeros(shape)
-    padded.narrow(dim, 0, sizes[dist.get_rank(group)]).copy_(shard)
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([p.narrow(dim, 0, n) for p, n in zip(parts, sizes, strict=True)], dim)

@@ -1,11 +1,4 @@
-"""Save and load what ZeRO-3 has swapped to NVMe, which DeepSpeed 0.19.8 does not do exactly.
-
-Its own checkpoint of a run with an NVMe optimizer is a copy of the swap files. On loading, a new
-engine knows only the weights among them: Adam's moments, its step count, the learning rate and every
-sub-group that is too small to be swapped stay those of step 0. With weights alone on NVMe, its source
-has nothing to load them with. Here each sub-group is read back, one at a time, and written to a file
-of its own.
-"""
+"""Checkpoints of a ZeRO-3 run that swaps to NVMe: DeepSpeed restores the weights alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +11,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 
 def is_swapped(engine: DeepSpeedEngine) -> bool:
-    """Whether an engine keeps its optimizer or its weights on NVMe."""
+    """Whether an engine keeps its optimizer or its weights on NVMe.
+
+    Part of the workaround `save_swapped`.
+    """
     optimizer = engine.optimizer
     return isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and (
         optimizer.swap_optimizer
@@ -27,7 +23,16 @@ def is_swapped(engine: DeepSpeedEngine) -> bool:
 
 
 def save_swapped(engine: DeepSpeedEngine, folder: Path, rank: int) -> None:
-    """Write this rank's fp32 weights and optimizer state, a file a sub-group."""
+    """Write this rank's fp32 weights and optimizer state to `folder`, a file for each sub-group.
+
+    Defect: DeepSpeed's checkpoint of a run with an NVMe optimizer is a copy of the swap files, of which a
+        new engine reads the weights alone. Adam's moments, its step count, the learning rate and every
+        sub-group too small to be swapped stay those of step 0. It has no code to load weights that
+        alone are on NVMe (read in the source).
+    Versions: DeepSpeed 0.19.8.
+    Workaround: read each sub-group back into memory, one at a time, and save it. `load_swapped` loads it.
+    Proof: test_nvme.py::test_checkpoint_restores_no_optimizer_state
+    """
     groups = [_settings(group) for group in engine.optimizer.optimizer.param_groups]
     torch.save(groups, folder / f"swapped_rank{rank:04d}_groups.pt")
     for index, weights, state in _in_memory(engine.optimizer):
@@ -40,7 +45,10 @@ def save_swapped(engine: DeepSpeedEngine, folder: Path, rank: int) -> None:
 
 
 def load_swapped(engine: DeepSpeedEngine, folder: Path, rank: int) -> None:
-    """Bring this rank's fp32 weights, optimizer state and 16-bit weights to those of `folder`."""
+    """Bring this rank's fp32 weights, optimizer state and 16-bit weights to those of `folder`.
+
+    Part of the workaround `save_swapped`.
+    """
     optimizer = engine.optimizer
     saved_groups = torch.load(folder / f"swapped_rank{rank:04d}_groups.pt", weights_only=False)
     for group, saved in zip(optimizer.optimizer.param_groups, saved_groups, strict=True):
@@ -58,7 +66,10 @@ def load_swapped(engine: DeepSpeedEngine, folder: Path, rank: int) -> None:
 
 @contextmanager
 def without_copied_swap_files(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Within it, `engine.save_checkpoint` leaves out DeepSpeed's copy of the swap files."""
+    """Within it, `engine.save_checkpoint` leaves out its copy of the swap files.
+
+    Part of the workaround `save_swapped`.
+    """
     engine.zero_nvme_offload_optimizer = lambda: False
     try:
         yield
@@ -67,7 +78,10 @@ def without_copied_swap_files(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 def load_all_but_swapped(engine: DeepSpeedEngine, checkpoint: Path) -> str | None:
-    """As `engine.load_checkpoint`: the schedule and the counters, without the optimizer's part."""
+    """As `engine.load_checkpoint`: the schedule and the counters, without the optimizer's part.
+
+    Part of the workaround `save_swapped`. Returns what was loaded from, or None.
+    """
     optimizer = engine.optimizer
     optimizer.checkpoint_event_prologue()
     loaded: str | None

@@ -1,4 +1,4 @@
-"""A folder of its own for what a run swaps to NVMe."""
+"""Swap files on NVMe: two runs give theirs the same names."""
 
 import contextlib
 import copy
@@ -13,8 +13,11 @@ from launch.errors import UserError
 def with_own_swap_folder(ds_config: dict[str, Any], run: Path) -> tuple[dict[str, Any], list[Path]]:
     """The configuration with each `nvme_path` replaced by a folder below it, and those folders.
 
-    DeepSpeed names swap files by stage, dtype and rank alone: two runs under one nvme_path would
-    overwrite each other's weights without a word.
+    Defect: DeepSpeed names swap files by stage, dtype, rank and parameter number. Two runs with one
+        `nvme_path` overwrite each other's weights, and nothing tells of it.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: give each run a folder, named after its run folder.
+    Proof: test_nvme.py::test_two_runs_write_the_same_swap_files
     """
     config = copy.deepcopy(ds_config)
     name = f"{run.name}-{hashlib.blake2b(str(run.absolute()).encode(), digest_size=4).hexdigest()}"
@@ -28,7 +31,9 @@ def with_own_swap_folder(ds_config: dict[str, Any], run: Path) -> tuple[dict[str
 
 
 def make_empty(folders: list[Path]) -> None:
-    """Make the folders, without what a killed run left in them. One rank a host calls this.
+    """Make the folders, without what a killed run left in them. One rank on each host calls this.
+
+    Part of the workaround `with_own_swap_folder`.
 
     Raises:
         UserError: where a folder cannot be made.
@@ -45,7 +50,10 @@ def make_empty(folders: list[Path]) -> None:
 
 
 def remove(folders: list[Path]) -> None:
-    """Remove the folders at a run's end, and `nvme_path` with them where nothing else is in it."""
+    """Remove the folders at a run's end, and `nvme_path` with them where nothing else is in it.
+
+    Part of the workaround `with_own_swap_folder`.
+    """
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):

@@ -1,23 +1,23 @@
-"""Workarounds for DeepSpeed's pipeline engine."""
+"""The pipeline engine: tied gradients that are not summed, and one loss for all micro batches."""
 
 from types import MethodType
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.schedule import (
-    PipeSchedule,
-    ReduceTiedGrads,
-)
+from deepspeed.runtime.pipe.schedule import PipeSchedule, ReduceTiedGrads
 
 from models.pipeline_schedules import SCHEDULES, KeepLoss, TakeLoss
 
 
 def sum_tied_gradients_where_they_are(engine: PipelineEngine) -> None:
-    """Work around DeepSpeed 0.19.8 where gradients are accumulated in fp32 beside a 16-bit model.
+    """Sum the gradients of a weight that two stages share, where fp32 accumulation puts them.
 
-    There ZeRO-1 (in fp16, or offloaded; not BF16_Optimizer) moves each micro batch's gradient to
-    `grad_accum`, and the pipeline engine adds up the tied copies' `grad`, which is then empty: each copy
-    of a tied weight goes its own way.
+    Defect: beside a 16-bit model, ZeRO-1 with fp32 accumulation (in fp16, or with its optimizer on the
+        CPU; not BF16_Optimizer) moves each micro batch's gradient to `grad_accum`. The pipeline engine
+        sums the copies' `grad`, which is empty then, and the copies drift apart.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: sum `grad_accum`. Does nothing where gradients are not there.
+    Proof: test_pipeline.py::test_tied_weights_drift_apart
     """
     if not getattr(engine.optimizer, "use_grad_accum_attribute", False):
         return
@@ -30,7 +30,15 @@ def sum_tied_gradients_where_they_are(engine: PipelineEngine) -> None:
 
 
 def use_schedule(engine: PipelineEngine, name: str) -> None:
-    """Make an engine run the schedule of this name, one of `SCHEDULES`, in `train_batch`."""
+    """Make an engine run the schedule of this name, one of `SCHEDULES`, in `train_batch`.
+
+    Defect: the engine keeps one loss, that of the last forward pass. A schedule whose backward pass does
+        not follow at once starts it from the wrong loss. The engine also keeps the logits of every
+        micro batch until the next step.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: keep a loss for each buffer, and let the logits go when the backward pass starts.
+    Proof: test_pipeline.py::test_engine_keeps_one_loss_and_all_logits
+    """
 
     def train_schedule(self: PipelineEngine) -> PipeSchedule:
         return SCHEDULES[name](self.micro_batches, self.num_stages, self.stage_id)
@@ -41,7 +49,6 @@ def use_schedule(engine: PipelineEngine, name: str) -> None:
     def take_loss(self: PipelineEngine, buffer_id: int) -> None:
         self.loss = self.pipe_buffers["losses"][buffer_id]
         self.pipe_buffers["losses"][buffer_id] = None
-        # The engine would hold on to the logits too, of every micro batch, until the next step.
         self.pipe_buffers["outputs"][buffer_id] = None
 
     engine._train_schedule = MethodType(train_schedule, engine)

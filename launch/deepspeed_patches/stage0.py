@@ -1,4 +1,4 @@
-"""Workarounds for DeepSpeed at ZeRO stage 0."""
+"""ZeRO stage 0: a step too many, and gradient norms that are missing or leave parameters out."""
 
 from typing import Any
 
@@ -12,11 +12,14 @@ from models.parallel.topology import Topology
 
 
 def undo_step_taken_at_construction(engine: DeepSpeedEngine) -> None:
-    """Work around DeepSpeed 0.19.8 at stage 0 in bf16 or fp16 (and nowhere else).
+    """Undo the optimizer step that an engine takes while it is built. Does nothing where none is taken.
 
-    To allocate Adam's state, FP16_UnfusedOptimizer steps on zero gradients. That decays the weights
-    once, and the first real step then has the bias correction of a second one: its update is 0.73
-    times what it should be (betas 0.9, 0.95). The model's own weights are still the first ones.
+    Defect: at stage 0 in bf16 or fp16, FP16_UnfusedOptimizer steps on zero gradients to allocate Adam's
+        state. That decays the master weights once, and the first real step has the bias correction of
+        a second one: its update is 0.73 of what it should be (betas 0.9 and 0.95).
+    Versions: DeepSpeed 0.19.8.
+    Workaround: clear the optimizer's state, and copy the master weights from the model again.
+    Proof: test_stage0.py::test_optimizer_steps_at_construction
     """
     wrapper = engine.optimizer
     if not isinstance(wrapper, FP16_UnfusedOptimizer):
@@ -29,10 +32,14 @@ def undo_step_taken_at_construction(engine: DeepSpeedEngine) -> None:
 
 
 def mark_gradients(engine: DeepSpeedEngine) -> None:
-    """Work around the gradient norm of DeepSpeed 0.19.8 at stage 0 in bf16 or fp16 (and nowhere else).
+    """Mark the gradients of shards as shards. Does nothing but at stage 0 in bf16 or fp16.
 
-    FP16_UnfusedOptimizer looks for the mark of a shard on the gradients, and only parameters have it:
-    the shards of all tensor ranks but the first are left out of the norm, and of the clipping.
+    Defect: FP16_UnfusedOptimizer looks for the mark of a shard (`tensor_model_parallel`) on gradients,
+        and only parameters have it. Norm and clipping leave out the shards of all tensor ranks but
+        the first: the norm is 5 to 21% low.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: copy the mark to each gradient when it has been accumulated.
+    Proof: test_stage0.py::test_bf16_norm_leaves_out_shards
     """
     if not isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         return
@@ -46,11 +53,15 @@ def mark_gradients(engine: DeepSpeedEngine) -> None:
 
 
 def count_each_parameter_once(engine: DeepSpeedEngine, topology: Topology) -> None:
-    """Make the marks say which ranks' gradients make up the norm, at stage 0.
+    """Mark what this rank counts in the norm of the whole model. For stage 0 in fp32 or autocast.
 
-    DeepSpeed 0.19.8 clips there with a function that knows two cases: a marked parameter counts on
-    every rank, any other on the first rank of the model alone. Under pipeline parallelism that leaves
-    out the norms and biases of every stage but the first, and counts a tied weight twice.
+    Defect: DeepSpeed clips on a norm that counts a parameter with the mark of a shard on every rank, and
+        any other on the first rank of the model alone. In a pipeline it leaves out norms and biases of
+        all stages but the first, and counts a tied weight twice.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: set the mark where this rank is the one, or one of those, that should count.
+    Proof: test_stage0.py::test_pipeline_clips_on_the_norm_of_the_first_stage,
+        test_stage0.py::test_pipeline_counts_a_tied_weight_twice
     """
     for parameter in engine.module.parameters():
         shard = getattr(parameter, "tensor_model_parallel", False)
@@ -60,8 +71,14 @@ def count_each_parameter_once(engine: DeepSpeedEngine, topology: Topology) -> No
         ) and not copy
 
 
-def keep_norm(engine: DeepSpeedEngine) -> None:
-    """At stage 0 in fp32 DeepSpeed steps with torch's optimizer and keeps no gradient norm: do so."""
+def keep_grad_norm(engine: DeepSpeedEngine) -> None:
+    """Have `engine.get_global_grad_norm()` return the norm before clipping, as at other stages.
+
+    Defect: at stage 0 in fp32 or autocast the engine steps with torch's optimizer and keeps no norm.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: compute it before each step. Call `count_each_parameter_once` first.
+    Proof: test_stage0.py::test_fp32_keeps_no_norm
+    """
     take_model_step = engine._take_model_step
 
     def with_norm(*arguments: Any) -> None:

@@ -1,13 +1,9 @@
-"""DeepSpeed's C++ parts, which it compiles on first use: built ahead, once, and never hung on.
+"""DeepSpeed's C++ ops, which it would compile in silence when training starts: built ahead, once.
 
-Left to itself DeepSpeed compiles in silence when training starts, and torch guards the build with a
-file called `lock` that a killed build leaves behind: every later start then waits for ever.
+A build that is killed does no harm: see `launch/deepspeed_patches/jit_lock.py`.
 """
 
-import contextlib
-import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -21,6 +17,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
+from launch.deepspeed_patches.jit_lock import is_held, load_built_op, wait_for_lock_owner
 from launch.errors import UserError
 from launch.paths import ROOT
 
@@ -113,7 +110,7 @@ def stale_locks() -> list[Path]:
 
     def found() -> set[Path]:
         locks = (lock for place in places for lock in place.glob("**/lock"))
-        return {lock for lock in locks if not _is_open_somewhere(lock)}
+        return {lock for lock in locks if not is_held(lock)}
 
     stale = found()
     if stale:  # one that another host holds, unseen from here, while it loads an op is gone by then
@@ -138,28 +135,21 @@ def _make_ready(name: str, say: Callable[[str], None]) -> None:
 
 
 def _load_built(builder: Any, name: str, folder: Path) -> bool:
-    """Load what is built, in milliseconds; DeepSpeed's own way asks the CPU's name for 2 seconds.
-
-    It also stays clear of torch's `lock`, on which ranks would take turns.
-    """
+    """Load what is built for this machine and these versions; False where nothing is."""
     if name in builder._loaded_ops:
         return True
     library = folder / f"{name}.so"
     stamp = folder / STAMP
     if not stamp.is_file() or stamp.read_text() != _built_for(name) or not library.is_file():
         return False
-    spec = importlib.util.spec_from_file_location(name, library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    builder._loaded_ops[name] = module
+    load_built_op(builder, name, library)
     return True
 
 
 def _build(builder: Any, name: str, folder: Path, say: Callable[[str], None]) -> None:
     """Compile. The caller holds the lock, so nobody else builds here."""
     _check_tools(builder, name)
-    if _wait_for_live_owner(folder / "lock"):
+    if wait_for_lock_owner(folder / "lock"):
         say(f"{name}: an earlier build was cut off and left a lock file; building it again")
         _remove(folder)  # all of it: a compiler that outlived its parent may still write there
     elif (folder / STAMP).exists():
@@ -174,26 +164,6 @@ def _build(builder: Any, name: str, folder: Path, say: Callable[[str], None]) ->
     partial = folder / f"{STAMP}.{os.getpid()}"
     partial.write_text(_built_for(name))
     partial.replace(folder / STAMP)
-
-
-def _wait_for_live_owner(lock: Path) -> bool:
-    """Wait while a program other than ours builds here; True if the lock then has no owner.
-
-    torch keeps its lock file open while it builds, so /proc tells whether somebody does.
-    """
-    while lock.exists() and _is_open_somewhere(lock):
-        time.sleep(0.5)
-    return lock.exists()
-
-
-def _is_open_somewhere(path: Path) -> bool:
-    wanted = str(path.resolve())
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        # Processes end while we look, and others' are not ours to read.
-        with contextlib.suppress(OSError):
-            if str(link.readlink()) == wanted:
-                return True
-    return False
 
 
 def _remove(folder: Path) -> None:

@@ -12,11 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from launch.checkpoint.full_weights import is_hf
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
-from launch.deepspeed_patches.autotp import check_plan, show_plan
+from launch.deepspeed_patches.autotp import check_plan, expose_tp_plan
 from launch.deepspeed_patches.pipeline import sum_tied_gradients_where_they_are, use_schedule
 from launch.deepspeed_patches.stage0 import (
     count_each_parameter_once,
-    keep_norm,
+    keep_grad_norm,
     mark_gradients,
     undo_step_taken_at_construction,
 )
@@ -52,7 +52,7 @@ def build_engine(
         model = build_model(recipe, dtype, ranks.device, tp)
     if tp.size > 1 and is_hf(model):
         check_plan(model, tp.size, zero_stage(ds_config))
-        show_plan(model)
+        expose_tp_plan(model)
 
     def schedule(optimizer: torch.optim.Optimizer) -> LambdaLR:
         return LambdaLR(
@@ -75,7 +75,7 @@ def build_engine(
         sum_tied_gradients_where_they_are(engine)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         count_each_parameter_once(engine, topology)
-        keep_norm(engine)
+        keep_grad_norm(engine)
     if train.compile:
         _compile(engine)
     return engine

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from launch.checkpoint.full_weights import unsharded_shape
 from launch.config.layout import plan_layout
 from launch.config.load import load_recipe, recipe_from_dict
 from launch.config.resolve import resolve
 from launch.config.schema import Recipe
-from launch.deepspeed_patches.autotp import check_plan, whole_shape
+from launch.deepspeed_patches.autotp import check_plan
 from launch.errors import UserError
 from launch.parity.run import Trace, run_layout
 from launch.planner.dry_run import print_dry_run
@@ -75,7 +76,7 @@ def _run(fault: str, values: dict[str, Any], scratch: Path, uneven: bool) -> Tra
     elif fault == "gradients not marked":
         plant(engine, "mark_gradients", lambda engine: None)
     else:
-        plant(engine, "show_plan", lambda model: None)
+        plant(engine, "expose_tp_plan", lambda model: None)
     return run_layout(values, scratch, uneven)
 
 
@@ -147,7 +148,7 @@ def _replicas(values: dict[str, Any], scratch: Path) -> tuple[dict[str, Any], di
         for step in range(local.plan.recipe.train.steps):
             train_step(local.engine, local.batch(step))
         names = canonical_names(local.engine.module)
-        shapes = {name: whole_shape(parameter) for name, parameter in names.items()}
+        shapes = {name: unsharded_shape(parameter) for name, parameter in names.items()}
         held = {
             name: tensor.tolist()
             for name, tensor in full_weights(local.engine)

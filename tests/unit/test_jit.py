@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from launch.deepspeed_patches.jit_lock import is_held, wait_for_lock_owner
 from launch.deepspeed_patches.startup import skip_shared_memory_op
 from launch.errors import UserError
 from launch.paths import ROOT
@@ -99,12 +100,12 @@ def test_a_lock_that_somebody_holds_is_waited_for(cache: Path, source: str) -> N
     try:
         assert holder.stdout is not None
         holder.stdout.readline()
-        assert jit._is_open_somewhere(lock)
+        assert is_held(lock)
     finally:
         holder.kill()
         holder.communicate()
-    assert not jit._is_open_somewhere(lock)
-    assert jit._wait_for_live_owner(lock)  # nobody holds it now: the caller may remove it
+    assert not is_held(lock)
+    assert wait_for_lock_owner(lock)  # nobody holds it now: the caller may remove it
 
 
 def test_a_build_for_another_machine_is_done_again(cache: Path, source: str) -> None:

@@ -1,0 +1,75 @@
+"""Raw DeepSpeed pipelines show each defect that `launch/deepspeed_patches/pipeline.py` works around.
+
+A test here fails once DeepSpeed has repaired the defect; its message names the workaround to remove.
+"""
+
+from collections.abc import Iterator
+
+from tests.deepspeed_patches.raw import initialize, repaired, start
+from tests.ranks import run_ranks
+
+
+def tied_weight_before_and_after_a_step() -> tuple[list[list[float]], list[list[float]]]:
+    """One weight on both stages, in bf16 with gradients accumulated in fp32."""
+    import torch
+    from deepspeed.pipe import PipelineModule, TiedLayerSpec
+
+    start()
+    layers = [TiedLayerSpec("same", torch.nn.Linear, 2, 2, bias=False) for _ in range(2)]
+    model = PipelineModule(layers, num_stages=2, loss_fn=lambda y, label: y.square().sum())
+    engine = initialize(
+        model,
+        {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            # With an offloaded optimizer ZeRO-1 is not BF16_Optimizer.
+            "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+        },
+    )
+    inputs = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
+    weight = next(model.parameters())
+    before = weight.tolist()
+    engine.train_batch(iter([(inputs, inputs)]))
+    return before, weight.tolist()
+
+
+def test_tied_weights_drift_apart() -> None:
+    (before, first), (same, second) = run_ranks(tied_weight_before_and_after_a_step, 2)
+    assert before == same
+    assert first != second, repaired("pipeline.sum_tied_gradients_where_they_are")
+
+
+def gradient_and_logits_of_the_first_micro_batch() -> tuple[float, bool]:
+    """Two forward passes, then one backward pass, of the first micro batch; inputs are 3 and 5."""
+    import torch
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.runtime.pipe import schedule
+
+    start()
+    model = PipelineModule(
+        [LayerSpec(torch.nn.Linear, 1, 1, bias=False)],
+        num_stages=1,
+        loss_fn=lambda y, label: y.sum(),
+    )
+    engine = initialize(model, {})
+    engine.set_dataiterator(iter([(torch.full((1, 1), x), torch.ones(1)) for x in (3.0, 5.0)]))
+
+    class ForwardsFirst(schedule.PipeSchedule):
+        def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
+            for buffer in range(2):
+                yield [schedule.LoadMicroBatch(buffer), schedule.ForwardPass(buffer)]
+            yield [schedule.BackwardPass(0)]
+
+        def num_pipe_buffers(self) -> int:
+            return 2
+
+    engine._compute_loss = True
+    engine._exec_schedule(ForwardsFirst(micro_batches=2, stages=1, stage_id=0))
+    weight = next(model.parameters())
+    return weight.grad.item(), engine.pipe_buffers["outputs"][0] is not None
+
+
+def test_engine_keeps_one_loss_and_all_logits() -> None:
+    gradient, holds_logits = run_ranks(gradient_and_logits_of_the_first_micro_batch, 1)[0]
+    assert gradient == 5.0, repaired("pipeline.use_schedule, KeepLoss and TakeLoss")
+    assert holds_logits, repaired("pipeline.use_schedule, which lets the logits go")

@@ -1,0 +1,63 @@
+"""Raw DeepSpeed shows the defects for which `launch/config/compatibility.py` rejects a combination.
+
+A test here fails once DeepSpeed has repaired the defect; its message names the rule to remove.
+"""
+
+import pytest
+
+from tests.deepspeed_patches.raw import TwoShards, initialize, start
+from tests.ranks import run_ranks
+
+REPAIRED = "DeepSpeed has repaired this: remove the rule from launch/config/compatibility.py"
+
+
+def gradient_below_a_shard(hpz: int) -> list[float]:
+    """The second layer's weight is 1 in the first shard and 2 in the other; two ranks hold each."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_full_grad
+
+    start()
+    first, second = (torch.nn.Linear(2, 2, bias=False) for _ in range(2))
+    torch.nn.init.constant_(second.weight, dist.get_rank() % 2 + 1.0)
+    zero = {
+        "stage": 3, "zero_hpz_partition_size": hpz, "stage3_param_persistence_threshold": 0,
+    }  # fmt: skip
+    engine = initialize(
+        torch.nn.Sequential(first, second), {"zero_optimization": zero}, mpu=TwoShards()
+    )
+    engine.backward(engine(torch.ones(1, 2)).sum())
+    gradient: list[float] = safe_get_full_grad(first.weight).flatten().tolist()
+    return gradient
+
+
+def test_hpz_mixes_the_shards_of_tensor_ranks() -> None:
+    right = [[2.0] * 4, [4.0] * 4] * 2
+    assert run_ranks(gradient_below_a_shard, 4, 1) == right
+    assert run_ranks(gradient_below_a_shard, 4, 2) != right, REPAIRED
+
+
+def train_with_pipe_partitioned_alone() -> None:
+    import torch
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    start()
+    model = PipelineModule(
+        [LayerSpec(torch.nn.Linear, 2, 2) for _ in range(2)],
+        topology=PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1),
+        loss_fn=lambda y, label: y.sum(),
+    )
+    config = {
+        "pipeline": {"pipe_partitioned": True, "grad_partitioned": False},
+        "gradient_accumulation_steps": 2,
+    }
+    engine = initialize(model, config)
+    sample = torch.ones(1, 2)
+    engine.train_batch(iter([(sample, sample)] * 2))
+
+
+def test_pipe_partitioned_without_grad_partitioned_fails() -> None:
+    with pytest.raises(AssertionError):
+        run_ranks(train_with_pipe_partitioned_alone, 4)
+        pytest.fail(REPAIRED)
