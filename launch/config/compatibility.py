@@ -88,17 +88,26 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
     Raises:
         UserError: naming the key, the reason and the nearest layout.
     """
-    stage = _block(config, "zero_optimization").get("stage", 0)
-    if stage == 3 and recipe.train.compile:
-        raise UserError(
-            "train.compile: under ZeRO-3 the compiled model trains on wrong gradients on a GPU: torch "
-            "traces DeepSpeed's gathering of weights; use train.compile=false, or "
-            "deepspeed.config=ds_configs/zero2.json"
-        )
+    zero = _block(config, "zero_optimization")
+    if zero.get("stage", 0) == 3 and recipe.train.compile:
+        _check_compiled_zero3(recipe, zero)
     if layout.grid["tensor"] > 1:
         _check_tensor(config)
     if layout.grid["pipeline"] > 1:
         _check_pipeline(recipe, config, layout)
+
+
+def _check_compiled_zero3(recipe: "Recipe", zero: dict[str, Any]) -> None:
+    if recipe.model.family == "hf":
+        raise UserError(
+            "train.compile: under ZeRO-3 only models of family gpt are compiled, and this is family hf; "
+            "use train.compile=false, or deepspeed.config=ds_configs/zero2.json"
+        )
+    if zero.get("memory_efficient_linear", False):
+        raise UserError(
+            "zero_optimization.memory_efficient_linear: with train.compile, torch 2.11 loses the gradients "
+            "of that linear layer's weights; set it to false, or use train.compile=false"
+        )
 
 
 def _block(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -53,6 +53,10 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     config["train_batch_size"] = layout.global_batch
     config["steps_per_print"] = _NEVER_PRINT
     check_composition(recipe, config, layout)
+    zero = config.get("zero_optimization")
+    if recipe.train.compile and isinstance(zero, dict) and zero.get("stage") == 3:
+        # DeepSpeed's own F.linear is on by default; see `check_composition`.
+        config["zero_optimization"] = {**zero, "memory_efficient_linear": False}
     stages = config.get("pipeline", {})
     if layout.grid["pipeline"] > 1 and recipe.parallel.sequence and isinstance(stages, dict):
         # DeepSpeed cuts what tensor ranks send to the next stage; here it is cut already.

@@ -81,7 +81,7 @@ def _build_hf(
 
 def build_partitioned(
     recipe: Recipe, ds_config: dict[str, Any], topology: Topology, tp: TensorParallel
-) -> nn.Module:
+) -> GPT:
     """A GPT that is never whole on a rank: ZeRO-3 cuts each parameter as its layer is made."""
     spec = recipe.model
     assert isinstance(spec, GPTModel)

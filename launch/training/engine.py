@@ -23,9 +23,9 @@ from launch.deepspeed_patches.stage0 import (
 from launch.ds_json.view import training_dtype, zero_stage
 from launch.runtime.process_group import Ranks
 from launch.training.build_model import build_model, build_partitioned, build_pipeline
+from launch.training.compile import compile_engine, gather_whole_blocks
 from launch.training.lr_schedule import learning_rate_factor
 from launch.training.optimizer import parameter_groups
-from models.gpt import Block
 from models.parallel.topology import Topology
 from models.pipeline import GPTPipeline
 
@@ -48,6 +48,7 @@ def build_engine(
         model: nn.Module = build_pipeline(recipe, dtype, ranks.device, topology, tp)
     elif zero_stage(ds_config) == 3 and isinstance(recipe.model, GPTModel):
         model = build_partitioned(recipe, ds_config, topology, tp)
+        gather_whole_blocks(model)
     else:
         model = build_model(recipe, dtype, ranks.device, tp)
     if tp.size > 1 and is_hf(model):
@@ -77,15 +78,5 @@ def build_engine(
         count_each_parameter_once(engine, topology)
         keep_grad_norm(engine)
     if train.compile:
-        _compile(engine)
+        compile_engine(engine)
     return engine
-
-
-def _compile(engine: DeepSpeedEngine) -> None:
-    if not isinstance(engine, PipelineEngine):
-        engine.compile()
-        return
-    # What lies between the blocks of a stage is messages.
-    for module in engine.module.modules():
-        if isinstance(module, Block):
-            module.compile()

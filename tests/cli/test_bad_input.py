@@ -46,8 +46,12 @@ OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ranks and stages": (("parallel.pipeline=2",), ("1 ranks", "start a multiple of 2 ranks")),
     "schedule": (("train.schedule.decay=cosinus",), ("train.schedule.decay", "cosine")),
     "compiled ZeRO-3": (
-        ("deepspeed.zero_optimization.stage=3", "train.compile=true"),
-        ("train.compile", "ZeRO-3", "use train.compile=false"),
+        (
+            "deepspeed.zero_optimization.stage=3",
+            "train.compile=true",
+            "deepspeed.zero_optimization.memory_efficient_linear=true",
+        ),
+        ("memory_efficient_linear", "set it to false", "train.compile=false"),
     ),
     "missing JSON": (("deepspeed.config=ds_configs/zero11.json",), ("zero11.json", "zero1.json")),
     "no JSON named": (("deepspeed.config=null",), ("deepspeed.config", "ds_configs/zero1.json")),

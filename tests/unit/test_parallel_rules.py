@@ -55,7 +55,16 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero3", (TENSOR, "deepspeed.zero_optimization.zero_hpz_partition_size=2"),
         r"zero_hpz_partition_size: it makes groups of neighbouring ranks",
     ),
-    "compiled ZeRO-3": ("zero3", ("train.compile=true",), r"train.compile: .* use train.compile=false, or"),
+    "compiled ZeRO-3 with DeepSpeed's own linear layer": (
+        "zero3",
+        ("train.compile=true", "deepspeed.zero_optimization.memory_efficient_linear=true"),
+        r"memory_efficient_linear: .* set it to false, or use train.compile=false",
+    ),
+    "compiled ZeRO-3 of a transformers model": (
+        "hf_qwen3_0b6_zero2",
+        ("train.compile=true", "deepspeed.config=ds_configs/zero3.json"),
+        r"train.compile: .* use train.compile=false, or deepspeed.config=ds_configs/zero2.json",
+    ),
     "compiled tensor ranks": ("zero1", (TENSOR, "train.compile=true"), r"train.compile: .*=false"),
     "heads": ("zero1", ("parallel.tensor=3",), r"parallel.tensor: 3 ranks do not .* use 2 or 4"),
     "too many key/value heads": (

@@ -1,0 +1,39 @@
+"""torch.compile changes no layout's gradients: each equals one device, not compiled, without DeepSpeed.
+
+ZeRO-3 has no persistent parameters here (`SMALL_PARTS`): every weight is gathered and released.
+"""
+
+import pytest
+
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe
+from launch.config.resolve import resolve
+from launch.paths import ROOT
+from tests.parity.cases import Case, Workbench
+from tests.parity.kinds import PP2
+
+COMPILE = "train.compile=true"
+CASES = [
+    Case("zero3", 2, checkpoint_activations=True, overrides=(COMPILE,)),
+    Case("zero3", 1, "bf16", "llama", overrides=(COMPILE,)),
+    Case("zero2", 2, "bf16", overrides=(COMPILE,)),
+    Case("zero0", 1, "fp32", "llama", overrides=(COMPILE,)),
+    Case("zero1", 2, "fp32", "llama", checkpoint_activations=True, overrides=(PP2, COMPILE)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout_equals_one_device(case: Case, bench: Workbench) -> None:
+    differences = bench.compare(case)
+    assert not [d for d in differences if d.past]
+    assert {d.quantity for d in differences} >= {"loss", "grad norm", "weights"}
+
+
+def test_deepspeeds_own_linear_layer_is_off_where_zero3_is_compiled() -> None:
+    """Under torch 2.11 its weights get no gradients when it is traced; under 2.13 on a CPU they do."""
+    for compiled in (False, True):
+        recipe = load_recipe(
+            ROOT / "recipes/gpt_tiny_zero3.yaml", [f"train.compile={str(compiled).lower()}"]
+        )
+        zero = resolve(recipe, plan_layout(recipe, 1))["zero_optimization"]
+        assert zero.get("memory_efficient_linear", True) is not compiled
