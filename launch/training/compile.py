@@ -12,7 +12,7 @@ def gather_whole_blocks(model: GPT) -> None:
     """Make ZeRO-3 gather and release a block's weights at once. Call it before `deepspeed.initialize`.
 
     By default ZeRO-3 does so for each linear layer and norm: 12 hooks in a block's forward pass, and
-    messages that are small. GPT 1.3B on 2 x H100 was 1.27 times as fast with whole blocks
+    messages that are small. GPT 1.3B on 2 x H100 was 1.26 times as fast with whole blocks
     (recipes/BENCHMARKS.md). A rank needs room for the largest block, whole.
     """
     deepspeed.utils.set_z3_leaf_modules(model, [Block])
