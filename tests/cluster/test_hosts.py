@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from _pytest.mark import ParameterSet
 
 from launch.paths import ROOT
 from tests.cli.commands import wait_for
@@ -35,6 +36,12 @@ from tests.cluster.jobs import (
     write_yaml,
 )
 from tests.cluster.virtual import Cluster
+from tests.selection import representatives
+
+
+def each_launcher(first: str) -> list[ParameterSet]:
+    """All of them; `make test` runs the one that is named, and the launchers take turns in that."""
+    return representatives(LAUNCHERS, lambda kind: {kind} & {first})
 
 
 @pytest.mark.parametrize(("kind", "layout"), [("ssh", "zero2"), ("openmpi", "pp2_tp2")])
@@ -70,7 +77,7 @@ def test_two_hosts_train_what_one_trains(
     wait_for_nothing_left(cluster)
 
 
-@pytest.mark.parametrize("kind", LAUNCHERS)
+@pytest.mark.parametrize("kind", each_launcher("openmpi"))
 def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster, kind: str) -> None:
     job = submit(cluster, kind, recipe(cluster, f"rank_{kind}", steps=MANY), hosts(cluster))
     wait_for_step(job, 3)
@@ -89,7 +96,7 @@ def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster, kind: str)
     assert "the connection to another rank" not in (job.run / "job/job.log").read_text()
 
 
-@pytest.mark.parametrize("kind", LAUNCHERS)
+@pytest.mark.parametrize("kind", each_launcher("ssh"))
 def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster, kind: str) -> None:
     """What a lost GPU collective does, and worse: on the other host nothing takes notice of anything."""
     file = recipe(cluster, f"hang_{kind}", steps=MANY)
@@ -103,7 +110,7 @@ def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster, k
     assert f"job {job.id} failed (exit code " in followed.error()
 
 
-@pytest.mark.parametrize("kind", LAUNCHERS)
+@pytest.mark.parametrize("kind", each_launcher("openmpi"))
 def test_a_job_whose_host_dies_ends(cluster: Cluster, kind: str) -> None:
     second = cluster.hosts[1]
     job = submit(cluster, kind, recipe(cluster, f"dies_{kind}", steps=MANY), hosts(cluster), gpus=1)
@@ -181,7 +188,7 @@ def test_a_job_that_is_asked_to_save_goes_on_when_submitted_again(
     assert (job.run / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("kind", LAUNCHERS)
+@pytest.mark.parametrize("kind", each_launcher("ssh"))
 def test_a_job_is_cancelled_at_whatever_moment_of_its_start(cluster: Cluster, kind: str) -> None:
     for seconds in (0.0, 1.5, 4.0):
         file = recipe(cluster, f"early_{kind}", steps=MANY)

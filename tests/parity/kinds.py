@@ -27,3 +27,13 @@ KINDS = {
     "pp2_tp2_sequence": Case("zero1", 4, micro_batch=2, overrides=(TP2, PP2, SEQUENCE)),
     "3d": Case("zero1", 8, micro_batch=2, overrides=(TP2, PP2)),
 }  # fmt: skip
+
+
+def axes_of(case: Case) -> set[str]:
+    """What such a case is of: its ZeRO stage, its precision, and what its `parallel` block sets.
+
+    `parallel.tensor=4` is of the kind of `parallel.tensor=2`; eight ranks are of a kind of their own.
+    """
+    block = {o.partition("=") for o in case.overrides if o.startswith("parallel.")}
+    axes = {key if value.isdecimal() else f"{key}={value}" for key, _, value in block}
+    return {case.stem, case.precision, *axes, *(["8 ranks"] if case.ranks == 8 else [])}

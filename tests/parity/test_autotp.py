@@ -20,6 +20,7 @@ from launch.training.build_model import meta_model
 from tests.parity.cases import NO_CLIP, Case, Workbench
 from tests.parity.planting import plant
 from tests.ranks import run_ranks
+from tests.selection import representatives
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -96,12 +97,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_layout_equals_one_device(
-    case: HFCase, bench: Workbench, request: pytest.FixtureRequest
-) -> None:
-    if "offload" in case.stem:
-        request.getfixturevalue("built_ops")
+def kinds(case: HFCase) -> set[object]:
+    """Recipe, model, precision and clipping."""
+    return {case.stem, case.model, case.precision, case.clip}
+
+
+@pytest.mark.usefixtures("built_ops")
+@pytest.mark.parametrize("case", representatives(CASES, kinds), ids=lambda case: case.name)
+def test_layout_equals_one_device(case: HFCase, bench: Workbench) -> None:
     differences = bench.compare(case)
     assert not [d for d in differences if d.past]
     assert {d.quantity for d in differences} >= {"loss", "grad norm", "weights"}

@@ -15,13 +15,14 @@ import pytest
 
 from launch.config.layout import plan_layout
 from tests.parity.cases import STEPS, Case, Workbench
-from tests.parity.kinds import KINDS
+from tests.parity.kinds import KINDS, axes_of
 from tests.parity.planting import Fault
 from tests.parity.test_parallel_faults import (
     sequence_parallel_norms_not_reduced,
     tied_gradients_not_summed,
 )
 from tests.ranks import run_ranks
+from tests.selection import representatives
 
 # Of each parameter that a rank holds: whether it is a shard, and digests of weight and fp32 master.
 Held = dict[str, tuple[bool, bytes, bytes]]
@@ -87,8 +88,14 @@ def _apart(case: Case, bench: Workbench, fault: Callable[[], None]) -> tuple[set
 BF16 = ["tp2_sequence", "tp2_dp2_zero3", "pp2_dp2", "3d"]
 
 
+CASES = [
+    *(pytest.param(kind, "fp32") for kind in KINDS), *(pytest.param(kind, "bf16") for kind in BF16),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("kind", "precision"), [*((k, "fp32") for k in KINDS), *((k, "bf16") for k in BF16)]
+    ("kind", "precision"),
+    representatives(CASES, lambda kind, precision: {*axes_of(KINDS[kind]), precision}),
 )
 def test_copies_are_equal_to_the_bit(kind: str, precision: str, bench: Workbench) -> None:
     case = dataclasses.replace(KINDS[kind], precision=precision)

@@ -22,8 +22,9 @@ from launch.parity.compare import tolerances_of
 from launch.training.build_model import build_model
 from launch.training.sampling import sample
 from tests.parity.cases import STEPS, Case, Workbench
-from tests.parity.kinds import KINDS
+from tests.parity.kinds import KINDS, axes_of
 from tests.ranks import run_ranks
+from tests.selection import representatives
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", representatives(CASES, lambda kind: axes_of(CASES[kind])))
 def test_evaluation_is_that_of_one_device_and_leaves_no_trace(kind: str, bench: Workbench) -> None:
     case: Case = CASES[kind]
     recipe = case.recipe(bench.folder)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.parity.cases import Case, Workbench
 from tests.parity.planting import Fault, faulty_layout, first_seen, plant
+from tests.selection import representatives
 
 
 def gradients_not_divided_by_the_accumulation_steps() -> None:
@@ -147,16 +148,11 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "case", "sign"), PLANTED)
-def test_fault_is_caught(
-    fault: Fault,
-    case: Case,
-    sign: str,
-    bench: Workbench,
-    request: pytest.FixtureRequest,
-) -> None:
-    if "offload" in case.stem:
-        request.getfixturevalue("built_ops")
+@pytest.mark.usefixtures("built_ops")
+@pytest.mark.parametrize(
+    ("fault", "case", "sign"), representatives(PLANTED, lambda fault, case, sign: {fault.__name__})
+)
+def test_fault_is_caught(fault: Fault, case: Case, sign: str, bench: Workbench) -> None:
     assert first_seen(bench.compare(case, faulty_layout, fault))[:1] == [sign]
     assert first_seen(bench.sound(case)) == []
 

@@ -4,6 +4,7 @@ import pytest
 
 from tests.parity.cases import Case, Workbench
 from tests.parity.half import fp16, run_layout_in_fp16
+from tests.selection import representatives
 
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 CASES = [
@@ -18,7 +19,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def kinds(case: Case) -> set[str]:
+    """ZeRO stage, and the axes that are cut."""
+    return {case.stem, *(axis for axis in (TENSOR, PIPELINE) if axis in case.overrides)}
+
+
+@pytest.mark.parametrize("case", representatives(CASES, kinds), ids=lambda case: case.name)
 def test_layout_equals_one_device(case: Case, bench: Workbench) -> None:
     differences = bench.compare(case, run_layout_in_fp16)
     assert not [d for d in differences if d.past]

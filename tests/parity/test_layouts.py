@@ -5,9 +5,11 @@ features meet; and the settings that a few layouts alone have.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from launch.config.load import load_recipe
 from launch.config.schema import Recipe
@@ -15,6 +17,7 @@ from launch.paths import ROOT
 from tests.parity.cases import CLIP, FAMILIES, NO_CLIP, Case, Workbench
 from tests.parity.kinds import OFFLOAD, PP2, TP2
 from tests.parity.pairs import Row, pairs, pairwise
+from tests.selection import representatives
 
 PARALLEL = re.compile(r"tp\d|pp\d|3d")
 RECIPES = sorted(
@@ -162,6 +165,41 @@ SPECIAL = [
 ]  # fmt: skip
 
 
+def _kinds_of_a_recipe(case: Case) -> set[object]:
+    return {case.stem, case.precision, case.family}
+
+
+def _kinds_of_a_row(case: Case, row: Row) -> Iterator[object]:
+    """Each feature's values; tensor ranks and stages with precision, schedule and sequence."""
+    yield from row.items()
+    tensor, pipeline, _ = row["degrees"]
+    axes = (tensor > 1, pipeline > 1)
+    yield axes, row["precision"]
+    yield axes, row["schedule"]
+    yield axes, row["sequence"]
+
+
+def _kinds_of_a_special(case: Case) -> set[str]:
+    """What it sets, whatever the number of ranks."""
+    return {override for override in case.overrides if override not in (TP2, PP2)}
+
+
+def _cases() -> list[ParameterSet]:
+    rows = representatives(
+        [pytest.param(case, row) for case, row in zip(_matrix(), ROWS, strict=True)],
+        _kinds_of_a_row,
+        cost=lambda case, row: case.ranks,
+    )
+    return [
+        *representatives(_recipe_cases(), _kinds_of_a_recipe),
+        *(each._replace(values=each.values[:1]) for each in rows),
+        *representatives(SPECIAL, _kinds_of_a_special, cost=lambda case: case.ranks),
+    ]
+
+
+CASES = _cases()
+
+
 def test_the_tiny_recipes_cover_the_kinds_of_parallelism() -> None:
     recipes: list[Recipe] = [load_recipe(file) for file in RECIPES]
     degrees = {(r.parallel.tensor > 1, r.parallel.pipeline > 1) for r in recipes}
@@ -182,14 +220,9 @@ def test_each_two_features_meet() -> None:
         assert (("sequence", True), ("schedule", schedule)) in met
 
 
-@pytest.mark.parametrize(
-    "case", [*_recipe_cases(), *_matrix(), *SPECIAL], ids=lambda case: case.name
-)
-def test_layout_equals_one_device(
-    case: Case, bench: Workbench, request: pytest.FixtureRequest
-) -> None:
-    if any("offload" in part for part in (case.stem, *case.overrides)):
-        request.getfixturevalue("built_ops")
+@pytest.mark.usefixtures("built_ops")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout_equals_one_device(case: Case, bench: Workbench) -> None:
     differences = bench.compare(case)
     assert not [d for d in differences if d.past]
     assert {d.quantity for d in differences} >= {"loss", "grad norm", "weights"}

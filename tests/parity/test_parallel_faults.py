@@ -13,6 +13,7 @@ from tests.parity.cases import Case, Workbench
 from tests.parity.kinds import OFFLOAD, PP2, SEQUENCE, TP2
 from tests.parity.planting import Fault, faulty_layout, first_seen, plant
 from tests.parity.test_faults import gradients_not_divided_by_the_accumulation_steps
+from tests.selection import representatives
 
 
 def backward_all_reduce_dropped() -> None:
@@ -166,11 +167,10 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "case", "sign"), PLANTED)
-def test_fault_is_caught(
-    fault: Fault, case: Case, sign: str, bench: Workbench, request: pytest.FixtureRequest
-) -> None:
-    if set(OFFLOAD) <= set(case.overrides):
-        request.getfixturevalue("built_ops")
+@pytest.mark.usefixtures("built_ops")
+@pytest.mark.parametrize(
+    ("fault", "case", "sign"), representatives(PLANTED, lambda fault, case, sign: {fault.__name__})
+)
+def test_fault_is_caught(fault: Fault, case: Case, sign: str, bench: Workbench) -> None:
     assert first_seen(bench.compare(case, faulty_layout, fault))[:1] == [sign]
     assert first_seen(bench.sound(case)) == []

@@ -1,11 +1,13 @@
 """Every tiny ZeRO recipe, on 1, 2 and 4 ranks, equals one device without DeepSpeed."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 
 from launch.paths import ROOT
 from tests.parity.cases import CLIP, FAMILIES, NO_CLIP, Case, Workbench
+from tests.selection import representatives
 
 STEMS = sorted(
     file.stem.removeprefix("gpt_tiny_") for file in (ROOT / "recipes").glob("gpt_tiny_zero*.yaml")
@@ -33,6 +35,20 @@ def cases() -> list[Case]:
     return found
 
 
+def kinds(case: Case) -> Iterator[object]:
+    """Each recipe in both precisions and families, on several ranks; every other setting once."""
+    if case.ranks > 1:
+        yield case.stem, case.precision
+        yield case.stem, case.family
+    yield "ranks", case.ranks
+    yield "micro batch", case.micro_batch
+    yield "clip", case.clip
+    yield "checkpointing", case.checkpoint_activations
+
+
+CASES = representatives(cases(), kinds, cost=lambda case: case.ranks)
+
+
 def test_the_tiny_recipes_cover_the_stages_and_offload() -> None:
     assert {
         "zero0",
@@ -45,12 +61,9 @@ def test_the_tiny_recipes_cover_the_stages_and_offload() -> None:
     } <= set(STEMS)
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_layout_equals_one_device(
-    case: Case, bench: Workbench, request: pytest.FixtureRequest
-) -> None:
-    if "offload" in case.stem:
-        request.getfixturevalue("built_ops")
+@pytest.mark.usefixtures("built_ops")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout_equals_one_device(case: Case, bench: Workbench) -> None:
     differences = bench.compare(case)
     assert not [d for d in differences if d.past]
     assert {d.quantity for d in differences} >= {"loss", "grad norm", "weights"}

@@ -8,6 +8,7 @@ import pytest
 from launch.config.resolve import merge
 from tests.ranks import RankDiedError
 from tests.resume.runs import STEPS, steps_logged, train, values, write_text
+from tests.selection import representatives
 
 FP32: dict[str, Any] = {"bf16": {"enabled": False}}
 
@@ -60,7 +61,13 @@ def _parallel(layout: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def kinds(layout: str) -> set[str]:
+    """Each part of a layout's name, and each two axes that are cut."""
+    axes = layout.partition(",")[0]
+    return {*layout.split(", "), *axes.replace(" with ", " x ").split(" x ")}
+
+
+@pytest.mark.parametrize("layout", representatives(LAYOUTS, kinds))
 def test_a_killed_run_ends_like_one_never_killed(
     layout: str, tmp_path: Path, built_ops: object
 ) -> None:
