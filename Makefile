@@ -12,6 +12,8 @@ PYTEST_ARGS ?=
 # A test waits more than it computes: for ranks to start, for daemons, for time limits.
 WORKERS ?= 3
 
+LINT := ruff format --check .; ruff check .; mypy .
+
 # First on the PATH: the `deepspeed` launcher starts ranks with the python that it finds there, and
 # the compiler's ninja lies there too. A virtual environment that is active must not shine through.
 export PATH := $(ROOT)/.venv/bin:$(PATH)
@@ -35,9 +37,18 @@ train: setup ## Train RECIPE on RANKS GPUs (CPU processes where there is no GPU)
 setup-test:
 	@bash scripts/setup.sh test
 
-.PHONY: test
-test: lint ops ## Check format, lint and types, build DeepSpeed's CPU ops once, run the tests (PYTEST_ARGS)
-	@python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+# DeepSpeed's C++ ops are built beside lint and the tests that do without; a test that needs them waits.
+.PHONY: test test-all
+test: MARKS = not gpu and not matrix
+test: ## Check format, lint and types, and run the tests: a representative of each kind (PYTEST_ARGS)
+test-all: MARKS = not gpu
+test-all: ## The same with the whole matrix of cases
+test test-all: setup-test
+	@log=$$(mktemp); python scripts/build_ops.py >"$$log" 2>&1 & ops=$$!; \
+	trap 'kill $$ops 2>/dev/null || true; rm -f "$$log"' EXIT; \
+	$(LINT); \
+	python -m pytest -m "$(MARKS)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); \
+	wait $$ops || { cat "$$log"; exit 1; }
 
 .PHONY: test-gpu
 test-gpu: setup ## Run the tests that need GPUs
@@ -49,9 +60,7 @@ ops: setup-test ## Build DeepSpeed's C++ ops for the CPU ahead of time
 
 .PHONY: lint
 lint: setup-test ## Check format, lint and types
-	@ruff format --check .
-	@ruff check .
-	@mypy .
+	@$(LINT)
 
 .PHONY: format
 format: setup ## Put the code into its format

@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from launch.runtime.op_builder import build_ops, use_private_cache
 
 CPU_OPS = ("cpu_adam", "async_io")
 MARK = "TEST_SESSION"  # inherited by whatever a test starts, however far from us it ends up
-SECONDS_TO_END = 10.0
+SECONDS_TO_END = 60.0
 
 # Set before torch or deepspeed is imported anywhere. `make test-gpu` sets DS_ACCELERATOR=cuda; all
 # other tests run on the CPU, also on a machine with GPUs.
@@ -33,6 +34,24 @@ for name in ("HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR"):
 # Launchers leave folders behind, and so does whatever a test kills: theirs goes with this one.
 os.environ["TMPDIR"] = str(Path(_caches.name, "tmp"))
 Path(os.environ["TMPDIR"]).mkdir()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files: clusters first, which mostly wait; last what needs DeepSpeed's ops.
+
+    `make test` builds those meanwhile. Of the others the largest come first: a worker takes a file at
+    a time, and a long one at the end would leave the others idle.
+    """
+    tests = Counter(item.path for item in items)
+    late = {item.path for item in items if "built_ops" in getattr(item, "fixturenames", ())}
+    items.sort(
+        key=lambda item: (
+            item.path in late,
+            "cluster" not in item.path.parts,
+            -tests[item.path],
+            item.path,
+        )
+    )
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def run_ranks(
     function: Callable[..., Result],
     world_size: int,
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float = 1000.0,
     env: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """Call `function(*args)` in `world_size` processes and return the results in rank order.

@@ -42,7 +42,7 @@ def command(recipe: str, *words: str) -> subprocess.CompletedProcess[str]:
         sys.executable, str(ROOT / "scripts/trace_pipeline.py"), "--config",
         str(ROOT / "recipes" / f"{recipe}.yaml"), *words,
     ]  # fmt: skip
-    return subprocess.run(line, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(line, capture_output=True, text=True, timeout=1000, check=False)
 
 
 @dataclass

@@ -33,7 +33,7 @@ def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     # A terminal's width must not decide what the tables hold.
     env |= {"COLUMNS": "200", "NO_COLOR": "1"}
     return subprocess.run(
-        words, cwd=cwd, env=env, capture_output=True, text=True, timeout=280, check=False
+        words, cwd=cwd, env=env, capture_output=True, text=True, timeout=1000, check=False
     )
 
 

@@ -15,7 +15,7 @@ import psutil
 from launch.errors import UserError
 
 STATE = Path("/tmp")
-GONE_WITHIN_SECONDS = 10.0
+GONE_WITHIN_SECONDS, FIRST_ALONE_SECONDS = 100.0, 5.0
 NAMESPACES, ETC = Path("/run/netns"), Path("/etc/netns")
 PROGRAMS = (
     "ip", "tc", "bash", "unshare", "nsenter", "setpriv", "mount", "umount", "munged", "slurmctld",
@@ -229,7 +229,7 @@ def end_all(namespace: str) -> None:
         # With process 1 of a host all others end, and what started them here fetches their ends;
         # killed at once, it would leave zombies.
         first = [pid for pid in pids if _number_inside(pid) == 1]
-        for pid in first if seconds < GONE_WITHIN_SECONDS / 2 else pids:
+        for pid in first if seconds < FIRST_ALONE_SECONDS else pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)

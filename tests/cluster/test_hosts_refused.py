@@ -77,7 +77,7 @@ def test_a_port_in_use_is_told(cluster: Cluster) -> None:
         ended = try_submit(cluster, "ssh", recipe(cluster, "port"), hosts(cluster, "p", port=23457))
     finally:
         os.killpg(other.pid, signal.SIGKILL)
-        other.wait(timeout=10)
+        other.wait(timeout=100)
     assert ended.code == 2
     assert f"host {cluster.hosts[0]}: port 23457 is in use" in ended.error()
 

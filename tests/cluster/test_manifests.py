@@ -143,7 +143,7 @@ def test_what_a_container_gets_is_unharmed_and_starts_the_launcher(
         "skypilot": {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "first\nsecond"},
     }[cluster]
     done = subprocess.run(
-        ["bash", "-c", text], capture_output=True, text=True, check=False, timeout=60,
+        ["bash", "-c", text], capture_output=True, text=True, check=False, timeout=600,
         env={**names, "RECIPE_YAML": recipe, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
     )  # fmt: skip
     assert done.returncode == 75, "saved and stopped is not finished" + done.stderr

@@ -185,7 +185,7 @@ def test_a_port_in_use_is_told(cluster: Cluster) -> None:
     place = site(cluster, "port", port=23456)
     ended = try_submit(cluster, "slurm", file, place, "--follow", gpus=1)
     os.killpg(other.pid, signal.SIGKILL)
-    other.wait(timeout=10)
+    other.wait(timeout=100)
     assert ended.code == 2
     assert "port 23456 is in use on this machine" in ended.error()
     wait_for_nothing_left(cluster)

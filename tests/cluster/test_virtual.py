@@ -90,13 +90,13 @@ def test_ranks_are_those_of_one_host(cluster: Cluster) -> None:
     process = cluster.start(["bash", "-c", "echo up; exec -a launch/train.py sleep 100"], first)
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 100
     while not cluster.ranks(first) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert [rank.name() for rank in cluster.ranks(first)] == ["sleep"]
     assert cluster.ranks(second) == []
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(10) != 0
+    assert process.wait(100) != 0
     assert cluster.ranks(first) == []
 
 

@@ -42,7 +42,7 @@ from tests.cluster.slurm_files import (
 )  # fmt: skip
 
 PREFIX = "vc"  # of every name: vc<process id><a letter for each cluster of a process>-<host>
-UP_WITHIN_SECONDS = 60.0
+UP_WITHIN_SECONDS = 600.0
 _alive: list[str] = []  # the clusters of this process
 
 

@@ -139,7 +139,7 @@ def check_engine(result: dict[str, Any], config: dict[str, Any], wanted: str) ->
 def make_hf(*arguments: str) -> subprocess.CompletedProcess[str]:
     script = ROOT / "scripts" / "make_hf_configs.py"
     command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_hf_twins_are_up_to_date() -> None:

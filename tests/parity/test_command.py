@@ -30,7 +30,7 @@ def arguments(folder: Path) -> list[str]:
 def run(*given: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "scripts/parity.py", *given],
-        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=1000, check=False,
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def hub_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def help_of(script: str) -> str:
     done = subprocess.run(
         [sys.executable, str(ROOT / script), "--help"],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "COLUMNS": "160"},
+        capture_output=True, text=True, timeout=1000, check=False, env={**os.environ, "COLUMNS": "160"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -137,7 +137,7 @@ def test_each_command_works(
         check_train(words, hub_model, monkeypatch)
     elif program == "make":
         done = subprocess.run(
-            ["make", "-n", *words[1:]], capture_output=True, text=True, check=False, timeout=60
+            ["make", "-n", *words[1:]], capture_output=True, text=True, check=False, timeout=600
         )
         assert done.returncode == 0, done.stderr
     elif program.startswith("python") and any(word.endswith(".py") for word in words):

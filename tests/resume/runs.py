@@ -46,7 +46,7 @@ def train(
     values: dict[str, Any], resume: str | None = None, kill_after: int | None = None, ranks: int = 2
 ) -> None:
     """Run a recipe to its end in fresh processes; `kill_after` steps, all of them get SIGKILL."""
-    run_ranks(_train, ranks, values, resume, kill_after, timeout=200)
+    run_ranks(_train, ranks, values, resume, kill_after, timeout=1000)
 
 
 def _train(values: dict[str, Any], resume: str | None, kill_after: int | None) -> None:

@@ -45,7 +45,7 @@ def recipe(folder: Path, run: str) -> dict[str, Any]:
 def test_a_stopped_run_ends_like_one_never_stopped(tmp_path: Path) -> None:
     whole, stopped = recipe(tmp_path, "whole"), recipe(tmp_path, "stopped")
     train(whole)
-    run_ranks(_train_and_ask, 2, stopped, True, timeout=200)
+    run_ranks(_train_and_ask, 2, stopped, True, timeout=1000)
     folder = tmp_path / "stopped"
     assert [r["step"] for r in steps_logged(folder) if "loss" in r] == [1, 2, 3]
     assert (folder / f"checkpoints/step_{ASKED_DURING_STEP:08d}").is_dir()

@@ -42,6 +42,17 @@ def test_make_test_holds_each_step(step: str) -> None:
     assert step in dry_run("test")
 
 
+def test_make_test_leaves_out_the_matrix_and_make_test_all_runs_it() -> None:
+    assert 'pytest -m "not gpu and not matrix"' in dry_run("test")
+    assert 'pytest -m "not gpu" ' in dry_run("test-all")
+
+
+def test_the_whole_matrix_runs_at_night() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/nightly.yml").read_text())
+    assert workflow["jobs"]["test-all"]["steps"][-1]["run"] == "make test-all"
+    assert "schedule" in workflow[True]  # YAML reads the key `on` as true
+
+
 def test_make_train_sets_up_and_launches_the_recipe() -> None:
     commands = dry_run("train", RECIPE="recipes/x.yaml", RANKS="3", ARGS="--dry-run")
     assert "scripts/setup.sh" in commands

@@ -65,7 +65,7 @@ def test_only_the_job_s_own_processes_are_ended(tmp_path: Path) -> None:
         assert sorted(end_on_host.processes_of(str(own))) == sorted([mine.pid, mpirun.pid])
         for process in (mine, mpirun):
             process.terminate()
-            process.wait(timeout=10)
+            process.wait(timeout=100)
         assert end_on_host.end(str(own)) == 0
         assert neighbour.poll() is None
         assert reader.poll() is None

@@ -121,7 +121,7 @@ def test_the_standard_library(tmp_path: Path) -> None:
 
 def test_processes_that_start_at_once_build_once_and_agree(tmp_path: Path) -> None:
     children = [start("python-stdlib", tmp_path / "cache") for _ in range(3)]
-    outputs = [child.communicate(timeout=60)[0].splitlines() for child in children]
+    outputs = [child.communicate(timeout=600)[0].splitlines() for child in children]
     assert [child.returncode for child in children] == [0, 0, 0]
     assert len({output[-1] for output in outputs}) == 1
     lines = [line for output in outputs for line in output]
@@ -133,7 +133,7 @@ def test_a_killed_builder_leaves_nothing_that_misleads(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "x.jsonl", [f"text {i}" for i in range(100)])
     cache = tmp_path / "cache"
     killed = start(source, cache, kill_after=50)
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=600)
     assert killed.returncode == -9
     (building,) = cache.glob("*.building")
     assert (building / "train.bin").stat().st_size > 0

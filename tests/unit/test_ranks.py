@@ -101,7 +101,7 @@ def runs(pid: int) -> bool:
 
 def still_running(pids: list[int]) -> list[int]:
     """Those of `pids` that do not end within some seconds."""
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 200.0
     while any(map(runs, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return [pid for pid in pids if runs(pid)]
