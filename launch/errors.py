@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake its user can mend: the message says what is wrong, where, and what to do."""
+    """A mistake its user can fix: the message says what is wrong, where, and what to do."""
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

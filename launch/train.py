@@ -28,22 +28,22 @@ from launch.errors import UserError
 from launch.runtime.console import Stopwatch, say
 from launch.runtime.failures import one_line_errors
 from launch.runtime.process_group import (
-    from_first_rank,
-    leave,
+    from_main_rank,
     prepare_environment,
-    take_ranks_from_mpi,
+    set_rank_env_from_mpi,
+    shutdown,
 )
-from launch.runtime.signals import tell_of_signals
+from launch.runtime.signals import install_signal_handlers
 
 if TYPE_CHECKING:
-    from launch.training.train_step import Step
+    from launch.training.train_step import StepResult
 
 
 def train(recipe: Recipe, resume: str | None) -> None:
     """Run a recipe to its end on this rank.
 
     Raises:
-        UserError: for whatever a person can mend; see `launch/errors.py`.
+        UserError: for whatever a person can fix; see `launch/errors.py`.
     """
     clock = Stopwatch(STARTED)
     clock.lap("interpreter and recipe")
@@ -60,12 +60,12 @@ def train(recipe: Recipe, resume: str | None) -> None:
     from launch.checkpoint.resume import choose_start
     from launch.deepspeed_patches.nvme_folder import make_empty, remove, with_own_swap_folder
     from launch.runtime.rng import seed_generators
-    from launch.runtime.run_dir import claim, write_settings
+    from launch.runtime.run_dir import lock_run_dir, write_settings
     from launch.training.engine import build_engine
     from launch.training.evaluate import evaluate
     from launch.training.finalize import finish
     from launch.training.metrics import Metrics, check_trackers
-    from launch.training.preemption import stop_asked, stop_obeyed
+    from launch.training.preemption import clear_stop_request, stop_requested
     from launch.training.train_step import train_step
 
     check_trackers(recipe)
@@ -74,15 +74,15 @@ def train(recipe: Recipe, resume: str | None) -> None:
     data_rank = topology.get_data_parallel_rank()
     clock.lap("process group")
 
-    start = from_first_rank(ranks, lambda: choose_start(recipe, resume))
+    start = from_main_rank(ranks, lambda: choose_start(recipe, resume))
     say(start.message)
     run, done = start.folder, 0
     identity = checkpoint.identity(recipe, plan.ds_config, layout, corpus.folder.name)
     if start.checkpoint:
         done = checkpoint.check(start.checkpoint, identity, recipe.train.steps)
     ds_config, swap_folders = with_own_swap_folder(plan.ds_config, run.path)
-    lock = claim(run) if ranks.first else None
-    if ranks.first:
+    lock = lock_run_dir(run) if ranks.is_main else None
+    if ranks.is_main:
         write_settings(run, recipe, ds_config, ranks.world_size)
     if ranks.local_rank == 0:
         make_empty(swap_folders)
@@ -97,7 +97,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
     say(f"{layout.describe()}; {parameters:,} parameters")
     say(f"start-up: {clock}")
     metrics = None
-    if ranks.first:
+    if ranks.is_main:
         metrics = Metrics(run, recipe, done, ranks.world_size, flops, ranks.device)
 
     steps, eval_every = recipe.train.steps, recipe.train.eval_every
@@ -108,25 +108,25 @@ def train(recipe: Recipe, resume: str | None) -> None:
         if metrics:
             metrics.log(step, result)
         if (eval_every and step % eval_every == 0) or step == steps:
-            held_out_loss = evaluate(engine, validation)
+            validation_loss = evaluate(engine, validation)
             if metrics:
-                metrics.log_held_out(step, held_out_loss)
-        # Last: what a step has recorded is whole when a run goes on from it.
-        stopping = step < steps and stop_asked(run, ranks)
+                metrics.log_validation(step, validation_loss)
+        # Last: what a step has recorded is whole when a run resumes from it.
+        stopping = step < steps and stop_requested(run, ranks)
         if stopping or (save_every and (step % save_every == 0 or step == steps)):
             checkpoint.save(engine, run, step, recipe.checkpoint.keep, identity, ranks)
         if stopping:
-            stop_obeyed(run, ranks)
+            clear_stop_request(run, ranks)
             say(f"stopped on request after step {step} of {steps}; go on with --resume auto")
             break
         if metrics:
             metrics.restart_clock()
     if done >= steps:
-        held_out_loss = evaluate(engine, validation)
+        validation_loss = evaluate(engine, validation)
     if metrics:
         metrics.close()
     if not stopping:
-        finish(recipe, ds_config, engine, run, corpus, ranks, held_out_loss)
+        finish(recipe, ds_config, engine, run, corpus, ranks, validation_loss)
     say(f"loss curve: {run.path / 'loss.png'}")
     say(f"run folder: {run.path}")
     if ranks.local_rank == 0:
@@ -135,7 +135,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
         lock.release()
 
 
-def check_finite(step: int, result: "Step") -> None:
+def check_finite(step: int, result: "StepResult") -> None:
     """Stop a run whose loss is no number; every rank sees the same loss, so all of them stop.
 
     Raises:
@@ -163,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         metavar="PATH|auto",
-        help="go on from a checkpoint or a run folder; auto: the newest complete checkpoint of this "
+        help="resume from a checkpoint or a run folder; auto: the newest complete checkpoint of this "
         "recipe's runs (or of run.dir), and step 0 where there is none",
     )
     parser.add_argument("--list", action="store_true", help="show the recipes, and stop")
@@ -192,8 +192,8 @@ def main() -> None:
     """Read the command line and do what it says."""
     arguments = parse_arguments()
     with one_line_errors():
-        take_ranks_from_mpi()
-        tell_of_signals()
+        set_rank_env_from_mpi()
+        install_signal_handlers()
         if arguments.list or arguments.dry_run:
             if os.environ.get("RANK", "0") != "0":
                 return
@@ -207,7 +207,7 @@ def main() -> None:
             return
         check_version(arguments.allow_untested_deepspeed)
         train(load_recipe(arguments.config, arguments.set), arguments.resume)
-        leave()
+        shutdown()
 
 
 if __name__ == "__main__":

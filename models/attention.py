@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.config import GPTConfig
 from models.norms import RMSNorm
 from models.parallel.collectives import all_gather
-from models.parallel.rng import own_generator
+from models.parallel.rng import fork_rng_per_rank
 from models.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from models.parallel.topology import TensorParallel
 
@@ -79,11 +79,11 @@ def document_mask(positions: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (arXiv:2305.13245), cut by heads.
+    """Causal self-attention with grouped key/value heads (arXiv:2305.13245), sharded by heads.
 
     `qkv` holds the rows of all query heads, then all key heads, then all value heads; on a rank, those
     of its own heads in the same order. Where there are fewer key/value heads than ranks, the rows of a
-    head are cut over the ranks that share it, and its keys and values are gathered: every rank has the
+    head are sharded over the ranks that share it, and its keys and values are gathered: every rank has the
     whole head to attend to, and no weight is there twice.
 
     Weights: qkv whole `[(heads + 2 kv_heads) * head_dim, hidden]`, on a rank its rows / ranks; out
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         if inputs.rotary is not None:
             query, key = rotate(query, inputs.rotary), rotate(key, inputs.rotary)
         dropout_p = self.dropout if self.training else 0.0
-        with own_generator(self.tp.group if dropout_p else None, x.device):
+        with fork_rng_per_rank(self.tp.group if dropout_p else None, x.device):
             mixed = F.scaled_dot_product_attention(
                 query,
                 key,

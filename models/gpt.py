@@ -1,4 +1,4 @@
-"""One decoder for GPT-2 and for the Llama and Qwen line, on one device or cut over tensor ranks.
+"""One decoder for GPT-2 and for the Llama and Qwen line, on one device or sharded over tensor ranks.
 
 Read from top to bottom: MLP, block, embedding, output, model; attention is in `attention.py`, the norms
 in `norms.py`. Shapes are written as `[batch, sequence, hidden]`.

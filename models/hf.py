@@ -69,7 +69,7 @@ class HFCausalLM(nn.Module):
 
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with the first weights that its own code draws from torch's global generator."""
+    """A model with the initial weights that its own code draws from torch's global generator."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 

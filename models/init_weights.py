@@ -1,4 +1,4 @@
-"""A GPT's first weights: the same full tensors in every layout."""
+"""A GPT's initial weights: the same full tensors in every layout."""
 
 import hashlib
 import math
@@ -16,7 +16,7 @@ Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
 
 
 def initialize(model: GPT, seed: int, gather: Gather = lambda _: nullcontext()) -> None:
-    """Draw a model's first weights; see `initialize_parameters`."""
+    """Draw a model's initial weights; see `initialize_parameters`."""
     initialize_parameters(model.named_parameters(), model.config, seed, gather)
 
 
@@ -26,7 +26,7 @@ def initialize_parameters(
     seed: int,
     gather: Gather = lambda _: nullcontext(),
 ) -> None:
-    """Draw first weights: normal matrices, with the residual ones scaled down by depth.
+    """Draw initial weights: normal matrices, with the residual ones scaled down by depth.
 
     Each parameter has a generator of its own, seeded by `seed` and its canonical name, and is drawn
     whole. So every layout starts from the same full tensors, whichever of them a rank holds, in

@@ -1,4 +1,4 @@
-"""The GPT as a chain of layers for DeepSpeed's PipelineModule, cut into stages.
+"""The GPT as a chain of layers for DeepSpeed's PipelineModule, split into stages.
 
     token embedding | position | block 0 | ... | block L-1 | norm | output projection
 

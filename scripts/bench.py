@@ -29,12 +29,12 @@ from launch.runtime.local_launcher import choose_ranks
 
 
 def table(recipe: Recipe, speeds: list[Speed]) -> Table:
-    """The contenders and their ratios, as a person reads them."""
+    """The configurations and their ratios, as a person reads them."""
     plain = speeds[0]
     found = Table(
         "", "ranks", "tokens/s", "per rank", "ratio, total", "ratio, a rank", "s/step", box=None
     )
-    found.add_column("peak GiB a rank")
+    found.add_column("peak GiB per rank")
     found.add_column("MFU")
     found.title = f"{recipe.name} on {plain.device}"
     for speed in speeds:

@@ -22,9 +22,9 @@ from launch.errors import UserError
 
 
 def main() -> int:
-    """Print one line a finding; 1 where something must be mended, 2 for wrong arguments."""
+    """Print one line a finding; 1 where something must be fixed, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
-        description="Check DeepSpeed JSON files for what DeepSpeed refuses, ignores or quietly "
+        description="Check DeepSpeed JSON files for what DeepSpeed rejects, ignores or quietly "
         "takes otherwise.",
         epilog='Files below a folder called "hf" are taken for Hugging Face configs, where '
         '"auto" is allowed.',

@@ -1,4 +1,4 @@
-"""Will DeepSpeed run here, or on the hosts of a hostfile? What to mend where it will not.
+"""Will DeepSpeed run here, or on the hosts of a hostfile? What to fix where it will not.
 
     python scripts/doctor.py
     python scripts/doctor.py --hostfile hosts.txt --folder /shared/runs
@@ -31,7 +31,7 @@ try:
     from rich.table import Table
 
     from launch.doctor import probe
-    from launch.doctor.checks import Line, check_host, check_together
+    from launch.doctor.checks import CheckResult, check_host, check_together
     from launch.doctor.remote_probe import facts_of_host, framework_of_host, question
     from launch.doctor.torch_check import check_framework
     from launch.errors import UserError
@@ -44,7 +44,7 @@ except ModuleNotFoundError as lacking:
         ".venv/bin/python scripts/doctor.py"
     )
 
-NOT_MEASURED = Line("warn", "network", "not measured", "mend the FAILs first")
+NOT_MEASURED = CheckResult("warn", "network", "not measured", "fix the FAILs first")
 COLORS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 
 
@@ -95,7 +95,7 @@ def one_line(folder: Path) -> str:
     )
 
 
-def check_here(given: argparse.Namespace) -> list[Line]:
+def check_here(given: argparse.Namespace) -> list[CheckResult]:
     """This machine alone."""
     from launch.doctor.collectives_check import measure_here
     from launch.runtime.local_launcher import choose_ranks
@@ -112,17 +112,17 @@ def check_here(given: argparse.Namespace) -> list[Line]:
 class Answer(NamedTuple):
     """What a host of the hostfile has shown; without facts it could not be asked."""
 
-    lines: list[Line]
+    lines: list[CheckResult]
     facts: dict[str, Any] | None = None
     skew: float = 0.0  # seconds, of its clock against ours
 
 
-def _failed(host: str, error: UserError) -> Line:
+def _failed(host: str, error: UserError) -> CheckResult:
     what, _, remedy = str(error).partition("; ")
-    return Line("FAIL", host, what.removeprefix(f"host {host}: "), remedy)
+    return CheckResult("FAIL", host, what.removeprefix(f"host {host}: "), remedy)
 
 
-def check_hosts(given: argparse.Namespace) -> list[Line]:
+def check_hosts(given: argparse.Namespace) -> list[CheckResult]:
     """Every host of the hostfile, and the network between them."""
     from launch.doctor.collectives_check import measure_between
 
@@ -169,7 +169,7 @@ def check_hosts(given: argparse.Namespace) -> list[Line]:
     return [*lines, measure_between(hosts, sys.executable, given.port, variables)]
 
 
-def show(lines: list[Line]) -> None:
+def show(lines: list[CheckResult]) -> None:
     """The findings as a person reads them, the worst last: it is what stays on the screen."""
     table = Table("", "", "", "what to do", box=None, pad_edge=False)
     for line in sorted(lines, key=lambda line: ["ok", "warn", "FAIL"].index(line.status)):

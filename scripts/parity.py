@@ -5,7 +5,7 @@
 Runs K steps of the recipe in plain PyTorch on one device, without DeepSpeed, and K steps with the
 recipe's own layout on N ranks, from the same weights on the same batches. Exit code 0: all losses,
 gradient norms and final weights agree within rounding; 1: they do not; 2: the recipe or the command
-line has to be mended.
+line has to be fixed.
 """
 
 import sys
@@ -51,9 +51,9 @@ def check(recipe: Recipe, ranks: int, out: Path, uneven: bool) -> bool:
     from launch.parity.run import (
         check_comparable,
         plan_reference,
-        read_trace,
+        read_record,
         run_reference,
-        write_layout_trace,
+        write_layout_record,
     )
 
     layout = plan_layout(recipe, ranks)
@@ -68,8 +68,8 @@ def check(recipe: Recipe, ranks: int, out: Path, uneven: bool) -> bool:
     print(f"layout: {recipe.deepspeed['config']} on {layout.describe()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         file = Path(folder) / "layout.pt"
-        run_local_ranks(write_layout_trace, ranks, recipe.model_dump(), file, uneven)
-        result = read_trace(file)
+        run_local_ranks(write_layout_record, ranks, recipe.model_dump(), file, uneven)
+        result = read_record(file)
 
     dtype = compute_dtype(plan.ds_config)
     limits = tolerances_of(recipe, plan.ds_config)

@@ -82,7 +82,7 @@ def submit(given: argparse.Namespace) -> int:
     """Render, check, submit; the exit code.
 
     Raises:
-        UserError: for whatever a person can mend, before the cluster has the job.
+        UserError: for whatever a person can fix, before the cluster has the job.
     """
     # DeepSpeed, which knows its own keys, warns of a machine without GPUs; this one will not train.
     logging.disable(logging.WARNING)

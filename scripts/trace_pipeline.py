@@ -7,7 +7,7 @@ micro batches, and prints the share of a step that a stage is idle, the bubble, 
 (p-1)/(m+p-1), and how many micro batches' activations each stage holds at a time. Writes timeline.png,
 trace.json (for https://ui.perfetto.dev or chrome://tracing) and bubble.csv. Exit code 0; 1 where a
 stage held another number of micro batches than its schedule says; 2: the recipe or the command line
-has to be mended.
+has to be fixed.
 """
 
 import sys

@@ -27,9 +27,9 @@ from launch.deepspeed_patches.nvme_checkpoint import (
     without_copied_swap_files,
 )
 from launch.errors import UserError
-from launch.runtime.process_group import Ranks
+from launch.runtime.process_group import RankInfo
 from launch.runtime.rng import generator_states, set_generator_states
-from launch.runtime.run_dir import RunFolder
+from launch.runtime.run_dir import RunDir
 
 # What may change between a save and the resumed run; anything else would be another run.
 MAY_CHANGE = {
@@ -67,11 +67,11 @@ def identity(
 
 def save(
     engine: DeepSpeedEngine,
-    run: RunFolder,
+    run: RunDir,
     step: int,
     keep: int,
     run_identity: dict[str, Any],
-    ranks: Ranks,
+    ranks: RankInfo,
 ) -> Path:
     """Write `checkpoints/step_<step>` and remove all but the newest `keep`. Every rank must call.
 
@@ -84,7 +84,7 @@ def save(
     unfinished = run.checkpoints / f".saving_{step:08d}"
     final = run.checkpoints / f"step_{step:08d}"
     try:
-        if ranks.first:
+        if ranks.is_main:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             for left_over in run.checkpoints.glob(".saving_*"):
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -97,7 +97,7 @@ def save(
             engine.save_checkpoint(str(run.checkpoints), tag=unfinished.name, save_latest=False)
         torch.save(generator_states(), unfinished / f"generators_rank{ranks.rank:04d}.pt")
         dist.barrier()
-        if ranks.first:
+        if ranks.is_main:
             files = {
                 str(f.relative_to(unfinished)): f.stat().st_size
                 for f in unfinished.rglob("*")
@@ -136,7 +136,7 @@ def _as_user_error(error: Exception, unfinished: Path, step: int) -> Exception:
 
 
 def check(checkpoint: Path, run_identity: dict[str, Any], steps: int) -> int:
-    """The finished steps of a checkpoint that the run of `run_identity` may go on from.
+    """The finished steps of a checkpoint that the run of `run_identity` may resume from.
 
     Raises:
         UserError: where another recipe, JSON, number of ranks or corpus saved it, or where it is
@@ -183,7 +183,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     return changed
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Path, ranks: Ranks) -> None:
+def load(engine: DeepSpeedEngine, checkpoint: Path, ranks: RankInfo) -> None:
     """Bring engine and generators to where `checkpoint` was saved. `check` it first.
 
     Raises:
@@ -205,5 +205,5 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, ranks: Ranks) -> None:
             raise
         raise UserError(
             f"--resume: {checkpoint} cannot be read ({str(error).splitlines()[0]}); remove it and "
-            "go on from an earlier one"
+            "resume from an earlier one"
         ) from error

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from launch.runtime.run_dir import RunFolder
+from launch.runtime.run_dir import RunDir
 
 MANIFEST = "manifest.json"
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None where each file has its recorded size."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
@@ -23,12 +23,12 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_complete(run: RunFolder) -> tuple[Path | None, list[str]]:
+def newest_complete(run: RunDir) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a line for each newer one that is damaged."""
-    refused: list[str] = []
+    rejected: list[str] = []
     for candidate in sorted(run.checkpoints.glob("step_*"), reverse=True):
-        wrong = damage(candidate)
+        wrong = find_damage(candidate)
         if wrong is None:
-            return candidate, refused
-        refused.append(f"{candidate.name}: {wrong}")
-    return None, refused
+            return candidate, rejected
+        rejected.append(f"{candidate.name}: {wrong}")
+    return None, rejected

@@ -4,18 +4,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.checkpoint.manifest import MANIFEST, damage, newest_complete
+from launch.checkpoint.manifest import MANIFEST, find_damage, newest_complete
 from launch.config.schema import Recipe
 from launch.errors import UserError
 from launch.paths import ROOT
-from launch.runtime.run_dir import RunFolder, new_folder
+from launch.runtime.run_dir import RunDir, new_folder
 
 
 @dataclass(frozen=True)
 class Start:
-    """The folder to write to, the checkpoint to go on from (None: step 0), and why, in a line."""
+    """The folder to write to, the checkpoint to resume from (None: step 0), and why, in a line."""
 
-    folder: RunFolder
+    folder: RunDir
     checkpoint: Path | None
     message: str
 
@@ -28,14 +28,14 @@ def choose_start(recipe: Recipe, resume: str | None) -> Start:
             run that is not to be resumed, or where all of its checkpoints are damaged.
     """
     parent = ROOT / "runs" / recipe.name
-    fixed = RunFolder(Path(recipe.run.dir).expanduser().absolute()) if recipe.run.dir else None
+    fixed = RunDir(Path(recipe.run.dir).expanduser().absolute()) if recipe.run.dir else None
     if resume is None:
         if fixed and fixed.metrics.exists():
             raise UserError(
                 f"run.dir: {fixed.path} already holds a run; go on with it by --resume auto, "
                 "or name another folder"
             )
-        fresh = fixed or RunFolder(new_folder(parent))
+        fresh = fixed or RunDir(new_folder(parent))
         return Start(fresh, None, f"a new run in {fresh.path}")
     if resume != "auto":
         start = _start_at_path(Path(resume).expanduser().absolute())
@@ -45,22 +45,22 @@ def choose_start(recipe: Recipe, resume: str | None) -> Start:
                 "leave one of the two out"
             )
         return start
-    runs = [fixed] if fixed else [RunFolder(p) for p in sorted(parent.glob("*"), reverse=True)]
+    runs = [fixed] if fixed else [RunDir(p) for p in sorted(parent.glob("*"), reverse=True)]
     passed_over: list[str] = []
     for run in runs:
-        found, refused = newest_complete(run)
+        found, rejected = newest_complete(run)
         if found:
-            return Start(run, found, _describe(found, [*passed_over, *refused]))
-        if refused:
+            return Start(run, found, _describe(found, [*passed_over, *rejected]))
+        if rejected:
             raise UserError(
-                f"--resume auto: every checkpoint of {run.path} is damaged ({'; '.join(refused)}); "
+                f"--resume auto: every checkpoint of {run.path} is damaged ({'; '.join(rejected)}); "
                 "remove the folder to start from step 0"
             )
         unfinished = [path.name for path in run.checkpoints.glob(".saving_*")]
         if run.metrics.exists() or unfinished:
             passed_over.append(f"{run.path.name}: {', '.join(unfinished) or 'no checkpoint'}")
     where = fixed.path if fixed else parent
-    fresh = fixed or RunFolder(new_folder(parent))
+    fresh = fixed or RunDir(new_folder(parent))
     seen = f" (passed over {'; '.join(passed_over)})" if passed_over else ""
     message = f"no complete checkpoint under {where}{seen}: starting at step 0 in {fresh.path}"
     return Start(fresh, None, message)
@@ -70,25 +70,25 @@ def _start_at_path(path: Path) -> Start:
     if not path.is_dir():
         raise UserError(f"--resume: there is no folder {path}; give a run's or a checkpoint's")
     if path.name.startswith("step_") or (path / MANIFEST).exists():
-        wrong = damage(path)
+        wrong = find_damage(path)
         if wrong:
             raise UserError(
                 f"--resume: {path} is not a complete checkpoint: {wrong}; name another one, or the "
                 "run's folder for its newest complete one"
             )
-        return Start(RunFolder(path.parent.parent), path, _describe(path, []))
-    run = RunFolder(path)
-    found, refused = newest_complete(run)
+        return Start(RunDir(path.parent.parent), path, _describe(path, []))
+    run = RunDir(path)
+    found, rejected = newest_complete(run)
     if not found:
-        reasons = "; ".join(refused) or "none was saved"
+        reasons = "; ".join(rejected) or "none was saved"
         raise UserError(
             f"--resume: {path} has no complete checkpoint ({reasons}); name another run's folder, "
             "or start a new run without --resume"
         )
-    return Start(run, found, _describe(found, refused))
+    return Start(run, found, _describe(found, rejected))
 
 
-def _describe(checkpoint: Path, refused: list[str]) -> str:
+def _describe(checkpoint: Path, rejected: list[str]) -> str:
     step = json.loads((checkpoint / MANIFEST).read_text())["step"]
-    passed_over = f" (passed over {'; '.join(refused)})" if refused else ""
+    passed_over = f" (passed over {'; '.join(rejected)})" if rejected else ""
     return f"resuming after step {step} from {checkpoint}{passed_over}"

@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Hand the job over; its files are written. Returns its id, and details for its record.
 
         Raises:
-            UserError: where the cluster refuses it.
+            UserError: where the cluster rejects it.
         """
 
     def state(self, record: Record) -> State:

@@ -51,7 +51,7 @@ def environment(job: Job) -> list[dict[str, str]]:
 
 
 def require(value: str | None, key: str, example: str) -> None:
-    """Refuse a site that leaves open what nobody can guess.
+    """Reject a site that leaves open what nobody can guess.
 
     Raises:
         UserError: naming the key.

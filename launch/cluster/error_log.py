@@ -7,7 +7,7 @@ from pathlib import Path
 ERROR = re.compile(r"(?:\d+: )?error: (.*)")  # srun puts the task's number in front
 
 
-def told_errors(logs: Iterable[Path], submitted: Path) -> list[str]:
+def collect_errors(logs: Iterable[Path], submitted: Path) -> list[str]:
     """What stands behind `error: ` in logs, in their order and without repetition.
 
     Args:

@@ -40,7 +40,7 @@ class HostBackend:
         return self._port.setdefault(str(job.folder), master_port(job))
 
     def check_paths(self, job: Job) -> None:
-        """Refuse paths that a shell on the way would take apart.
+        """Reject paths that a shell on the way would take apart.
 
         Raises:
             UserError: naming the path.

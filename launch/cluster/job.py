@@ -121,7 +121,7 @@ def make_job(
             volume of theirs, and the job's files stay here.
 
     Raises:
-        UserError: for numbers below one, and for whatever recipe, layout or DeepSpeed refuse.
+        UserError: for numbers below one, and for whatever recipe, layout or DeepSpeed reject.
     """
     for flag, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if value < 1:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.cluster.backend import backend_of
-from launch.cluster.error_log import told_errors
+from launch.cluster.error_log import collect_errors
 from launch.cluster.job_store import Record, State
 from launch.runtime.failures import LOST_CONNECTION
 from launch.runtime.run_dir import read_metrics
@@ -54,7 +54,7 @@ def errors(record: Record) -> list[str]:
     """The `error:` lines in the logs of the job and of its ranks, without repetition: causes, if told."""
     folder = Path(record.folder)
     logs = (*sorted(folder.glob("*.log")), *sorted(folder.glob("logs/*.log")))
-    told = told_errors(logs, submitted=folder / f"{record.recipe}.yaml")
+    told = collect_errors(logs, submitted=folder / f"{record.recipe}.yaml")
     found = list(dict.fromkeys(OF_A_RANK.sub("", words) for words in told))
     causes = [words for words in found if not words.startswith(EFFECTS)]
     return causes or found

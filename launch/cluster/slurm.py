@@ -65,13 +65,13 @@ class Backend:
                 f"{', '.join(sorted(known))}"
             )
         script = self.files(job)["job.sbatch"]
-        _ask(["sbatch", "--test-only"], script, refused="Slurm would not run this job")
+        _ask(["sbatch", "--test-only"], script, rejected="Slurm would not run this job")
 
     def submit(self, job: Job) -> tuple[str, dict[str, str]]:
         """Hand the script to sbatch; the id is Slurm's."""
         answer = _ask(
             ["sbatch", "--parsable", str(job.folder / "job.sbatch")],
-            refused="sbatch refused the job",
+            rejected="sbatch rejected the job",
         )
         return answer.strip().partition(";")[0], {}
 
@@ -134,7 +134,7 @@ def _forgotten(record: Record) -> State:
 def _ask(
     command: Sequence[str],
     text: str | None = None,
-    refused: str = "",
+    rejected: str = "",
     unknown_is_empty: bool = False,
 ) -> str:
     """What a command of Slurm prints.
@@ -163,7 +163,7 @@ def _ask(
             raise UserError(f"{command[0]}: {meaning}")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     reason = "; ".join(re.sub(r"^\w+: (error: )?", "", line) for line in lines) or "no reason given"
-    raise UserError(f"{refused or command[0]}: {reason}")
+    raise UserError(f"{rejected or command[0]}: {reason}")
 
 
 def world_info(nodes: int, gpus_per_node: int, visible: str | None) -> str:

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NoReturn
 
-from launch.cluster import kill_job as end_on_host
-from launch.cluster.error_log import told_errors
+from launch.cluster import kill_job
+from launch.cluster.error_log import collect_errors
 from launch.errors import UserError
 from launch.runtime.ssh import run_on_host
 
@@ -37,7 +37,7 @@ def end_everywhere(folder: Path, python: str, hosts: Sequence[str]) -> list[str]
 
     `python` is the interpreter on the hosts; the submission has seen that each has it.
     """
-    program = Path(end_on_host.__file__).read_text()
+    program = Path(kill_job.__file__).read_text()
 
     def end(host: str) -> str | None:
         try:
@@ -48,7 +48,7 @@ def end_everywhere(folder: Path, python: str, hosts: Sequence[str]) -> list[str]
 
     with ThreadPoolExecutor(max_workers=32) as pool:
         asked = pool.map(end, hosts)
-        end_on_host.end(str(folder))
+        kill_job.end(str(folder))
         return [line for line in asked if line]
 
 
@@ -71,7 +71,7 @@ def supervise(folder: Path, script: str, python: str, hosts: Sequence[str]) -> i
                 log.write(f"error: {line}; processes may be left there\n")
             _end_command(command)
             logs = sorted((folder / "logs").glob("*.log"))
-            for words in told_errors(logs, submitted=folder / script):
+            for words in collect_errors(logs, submitted=folder / script):
                 log.write(f"error: {words}\n")
     return code
 

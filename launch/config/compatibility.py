@@ -1,4 +1,4 @@
-"""Which layouts a model can take: refused when the recipe is read, with the nearest one that works."""
+"""Which layouts a model can take: rejected when the recipe is read, with the nearest one that works."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ def check_parallel(recipe: "Recipe") -> None:
                 )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError(
-            "parallel.sequence: it cuts along the sequence over the tensor ranks, and parallel.tensor "
+            "parallel.sequence: it shards the sequence over the tensor ranks, and parallel.tensor "
             "is 1; set that to 2 or more, or take the key out"
         )
     if parallel.tensor > 1 and recipe.train.compile:
@@ -73,11 +73,11 @@ def _check_hf(recipe: "Recipe") -> None:
     if parallel.pipeline > 1:
         raise UserError(
             "parallel.pipeline: stages are made of our own blocks, and model.family is hf; "
-            "use parallel.tensor, or a ds_configs/zero3*.json, which cuts any model over the ranks"
+            "use parallel.tensor, or a ds_configs/zero3*.json, which shards any model over the ranks"
         )
     if parallel.sequence:
         raise UserError(
-            "parallel.sequence: DeepSpeed's AutoTP, which cuts models of family hf, leaves the sequence "
+            "parallel.sequence: DeepSpeed's AutoTP, which shards models of family hf, leaves the sequence "
             "whole; take the key out"
         )
 
@@ -166,7 +166,7 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
         for key in ("pipe_partitioned", "grad_partitioned"):
             if settings.get(key):
                 raise UserError(
-                    f"pipeline.{key}: with parallel.sequence, what stages send is cut over the tensor "
+                    f"pipeline.{key}: with parallel.sequence, what stages send is sharded over the tensor "
                     "ranks already; take the key out"
                 )
     model: Any = recipe.model

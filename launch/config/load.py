@@ -84,7 +84,7 @@ def recipe_from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    """Refuse what no number of ranks can mend.
+    """Reject what no number of ranks can fix.
 
     Raises:
         UserError: naming the key and what to do.

@@ -49,7 +49,7 @@ class TokenFile:
         return self._tokens[start : start + sequence_length + 1].astype(np.int64)
 
 
-class Part:
+class SplitFile:
     """One of the two files while it is written."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
@@ -99,8 +99,8 @@ class SplitWriter:
     def __init__(self, train: Path, held_out: Path, share: float, vocab_size: int) -> None:
         self.dtype: np.dtype[Any] = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self.share = share
-        self.train = Part(train, self.dtype)
-        self.held_out = Part(held_out, self.dtype)
+        self.train = SplitFile(train, self.dtype)
+        self.held_out = SplitFile(held_out, self.dtype)
 
     def add(self, key: str, ids: npt.NDArray[Any]) -> None:
         """Write one document, its separator included."""

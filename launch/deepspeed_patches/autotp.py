@@ -1,6 +1,6 @@
-"""AutoTP, which cuts models of `family: hf` over tensor ranks: plans that it misses or gets wrong.
+"""AutoTP, which shards models of `family: hf` over tensor ranks: plans that it misses or gets wrong.
 
-AutoTP cuts a transformers model by the plan that transformers ships with it: the linear layers of
+AutoTP shards a transformers model by the plan that transformers ships with it: the linear layers of
 attention and MLP, by output rows ("colwise": queries, keys, values, gate, up) or input columns
 ("rowwise"), and an output layer of its own by vocabulary. Embeddings, tied output layers, norms and
 the biases of row-parallel layers stay whole on every tensor rank. Shards may be uneven: 3 key/value
@@ -20,11 +20,13 @@ from launch.errors import UserError
 if TYPE_CHECKING:
     from models.hf import HFCausalLM
 
-_WITHOUT = "use parallel.tensor=1 and a ds_configs/zero3*.json, which cuts any model over the ranks"
+_WITHOUT = (
+    "use parallel.tensor=1 and a ds_configs/zero3*.json, which shards any model over the ranks"
+)
 
 
 def check_plan(model: "HFCausalLM", tensor: int, stage: int) -> None:
-    """Reject a model that AutoTP cannot cut, or cuts wrongly. The model may be on "meta".
+    """Reject a model that AutoTP cannot shard, or cuts wrongly. The model may be on "meta".
 
     Defect: where a plan leaves out a parameter that works on a shard (the learned activation of Apertus),
         AutoTP leaves each rank its own part of the gradient.
@@ -48,7 +50,7 @@ def check_plan(model: "HFCausalLM", tensor: int, stage: int) -> None:
         )
     if not _matching(model.model, plan, ("rowwise",)):
         raise UserError(
-            f"parallel.tensor: transformers has no plan to cut {kind} models; {_WITHOUT}"
+            f"parallel.tensor: transformers has no plan to shard {kind} models; {_WITHOUT}"
         )
     whole = _whole_among_shards(model.model, plan)
     if whole:

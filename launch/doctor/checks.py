@@ -12,8 +12,8 @@ SKEW_WARNS_SECONDS, SKEW_FAILS_SECONDS = 2.0, 60.0
 
 
 @dataclass(frozen=True)
-class Line:
-    """One finding; `remedy` is empty where there is nothing to mend."""
+class CheckResult:
+    """One finding; `remedy` is empty where there is nothing to fix."""
 
     status: Literal["ok", "warn", "FAIL"]
     where: str
@@ -21,13 +21,15 @@ class Line:
     remedy: str = ""
 
 
-def check_host(facts: dict[str, Any], several: bool, port: int | None) -> list[Line]:
+def check_host(facts: dict[str, Any], several: bool, port: int | None) -> list[CheckResult]:
     """Judge one host by its probe's facts; `several`: it is to train together with other hosts."""
     host = facts["hostname"]
-    lines: list[Line] = []
+    lines: list[CheckResult] = []
 
     def line(good: bool, what: str, remedy: str, status: Literal["warn", "FAIL"] = "FAIL") -> None:
-        lines.append(Line("ok", host, what) if good else Line(status, host, what, remedy))
+        lines.append(
+            CheckResult("ok", host, what) if good else CheckResult(status, host, what, remedy)
+        )
 
     python = facts["python"]
     supported = tuple(int(part) for part in python["version"].split(".")[:2]) >= (3, 11)
@@ -48,8 +50,11 @@ def check_host(facts: dict[str, Any], several: bool, port: int | None) -> list[L
         for name in ("torch", "deepspeed", "transformers")
         if name in facts["versions"]
     )
-    line(not missing, f"packages: {shown}" if not missing else f"missing: {', '.join(missing)}",
-         "run: make setup")  # fmt: skip
+    line(
+        not missing,
+        f"packages: {shown}" if not missing else f"missing: {', '.join(missing)}",
+        "run: make setup",
+    )
     if other:
         line(
             False,
@@ -67,75 +72,129 @@ def check_host(facts: dict[str, Any], several: bool, port: int | None) -> list[L
             len(named) == 1, text, "mixed GPUs run at the slowest's speed; ask for one kind", "warn"
         )
     else:
-        lines.append(Line("ok", host, f"no GPU: trains on {facts['cores']} CPU cores with gloo"))
+        lines.append(
+            CheckResult("ok", host, f"no GPU: trains on {facts['cores']} CPU cores with gloo")
+        )
     lines.append(
-        Line("ok", host, f"{facts['free_memory_gib']} GiB of memory free, {facts['libc']}")
+        CheckResult("ok", host, f"{facts['free_memory_gib']} GiB of memory free, {facts['libc']}")
     )
     programs = facts["programs"]
-    line(bool(programs["c++"]), f"C++ compiler {programs['c++'] or 'missing'}",
-         "offload recipes compile; run: apt-get install g++", "warn")  # fmt: skip
-    line(bool(programs["ninja"]), "ninja" if programs["ninja"] else "ninja missing",
-         "run: make setup, and start from its environment", "warn")  # fmt: skip
-    line(facts["python_h"], f"Python.h {'there' if facts['python_h'] else 'missing'}",
-         "offload recipes compile; run: apt-get install python3-dev", "warn")  # fmt: skip
-    line(facts["libaio"], f"libaio.h {'there' if facts['libaio'] else 'missing'}",
-         "NVMe recipes need it; run: apt-get install libaio-dev", "warn")  # fmt: skip
+    line(
+        bool(programs["c++"]),
+        f"C++ compiler {programs['c++'] or 'missing'}",
+        "offload recipes compile; run: apt-get install g++",
+        "warn",
+    )
+    line(
+        bool(programs["ninja"]),
+        "ninja" if programs["ninja"] else "ninja missing",
+        "run: make setup, and start from its environment",
+        "warn",
+    )
+    line(
+        facts["python_h"],
+        f"Python.h {'there' if facts['python_h'] else 'missing'}",
+        "offload recipes compile; run: apt-get install python3-dev",
+        "warn",
+    )
+    line(
+        facts["libaio"],
+        f"libaio.h {'there' if facts['libaio'] else 'missing'}",
+        "NVMe recipes need it; run: apt-get install libaio-dev",
+        "warn",
+    )
     if gpus:
-        line(bool(programs["nvcc"]), f"nvcc {programs['nvcc'] or 'missing'}",
-             "only DeepSpeed's fused optimizers need it; install the CUDA toolkit", "warn")  # fmt: skip
+        line(
+            bool(programs["nvcc"]),
+            f"nvcc {programs['nvcc'] or 'missing'}",
+            "only DeepSpeed's fused optimizers need it; install the CUDA toolkit",
+            "warn",
+        )
     shm = facts["shm_gib"]
-    line(shm is not None and shm >= MIN_SHM_GIB, f"/dev/shm {shm} GiB",
-         "NCCL needs more; containers: --shm-size=16g, Kubernetes: a Memory emptyDir", "warn")  # fmt: skip
-    line(facts["nofile"] >= MIN_FILES, f"open files: {facts['nofile']}",
-         f"many ranks need more; run: ulimit -n {16 * MIN_FILES}", "warn")  # fmt: skip
+    line(
+        shm is not None and shm >= MIN_SHM_GIB,
+        f"/dev/shm {shm} GiB",
+        "NCCL needs more; containers: --shm-size=16g, Kubernetes: a Memory emptyDir",
+        "warn",
+    )
+    line(
+        facts["nofile"] >= MIN_FILES,
+        f"open files: {facts['nofile']}",
+        f"many ranks need more; run: ulimit -n {16 * MIN_FILES}",
+        "warn",
+    )
     if gpus and several:
-        line(facts["memlock"] == UNLIMITED, "locked memory",
-             "InfiniBand needs it; run: ulimit -l unlimited", "warn")  # fmt: skip
+        line(
+            facts["memlock"] == UNLIMITED,
+            "locked memory",
+            "InfiniBand needs it; run: ulimit -l unlimited",
+            "warn",
+        )
     lines += _check_network(facts, several, port)
     lines += _check_disk(facts)
     return lines
 
 
-def _check_network(facts: dict[str, Any], several: bool, port: int | None) -> list[Line]:
+def _check_network(facts: dict[str, Any], several: bool, port: int | None) -> list[CheckResult]:
     host, lines = facts["hostname"], []
     addresses = facts["addresses"]
     loopback = [address for address in addresses if address.startswith("127.")]
     if not addresses:
-        lines.append(Line("FAIL", host, "its own name resolves to nothing",
-                          f"add a line to /etc/hosts: <its address> {host}"))  # fmt: skip
+        lines.append(
+            CheckResult(
+                "FAIL",
+                host,
+                "its own name resolves to nothing",
+                f"add a line to /etc/hosts: <its address> {host}",
+            )
+        )
     elif several and loopback:
-        lines.append(Line("FAIL", host, f"its own name resolves to {loopback[0]}, which gloo would tell "
-                          "the other hosts", f"in /etc/hosts, give {host} its real address (Debian writes "
-                          f"127.0.1.1 {host}), or set interface: in the site file"))  # fmt: skip
+        lines.append(
+            CheckResult(
+                "FAIL",
+                host,
+                f"its own name resolves to {loopback[0]}, which gloo would tell the other hosts",
+                f"in /etc/hosts, give {host} its real address (Debian writes "
+                f"127.0.1.1 {host}), or set interface: in the site file",
+            )
+        )
     else:
-        lines.append(Line("ok", host, f"its name resolves to {addresses[0]}"))
+        lines.append(CheckResult("ok", host, f"its name resolves to {addresses[0]}"))
     carried = {name: ip for name, ip in facts["interfaces"].items() if not ip.startswith("127.")}
     shown = ", ".join(f"{name} {ip}" for name, ip in carried.items()) or "none"
     if several and not carried:
-        lines.append(Line("FAIL", host, "no network interface", "bring one up: ip link"))
+        lines.append(CheckResult("FAIL", host, "no network interface", "bring one up: ip link"))
     else:
-        lines.append(Line("ok", host, f"interfaces: {shown}"))
+        lines.append(CheckResult("ok", host, f"interfaces: {shown}"))
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         chosen = facts["variables"].get(variable)
         if chosen and not any(name.startswith(chosen.lstrip("=^")) for name in facts["interfaces"]):
-            lines.append(Line("FAIL", host, f"{variable} is {chosen}, and there is no such interface",
-                              f"choose from: {', '.join(facts['interfaces'])}"))  # fmt: skip
+            lines.append(
+                CheckResult(
+                    "FAIL",
+                    host,
+                    f"{variable} is {chosen}, and there is no such interface",
+                    f"choose from: {', '.join(facts['interfaces'])}",
+                )
+            )
     if facts["port_free"] is not None:
         lines.append(
-            Line("ok", host, f"port {port} is free")
+            CheckResult("ok", host, f"port {port} is free")
             if facts["port_free"]
-            else Line("FAIL", host, f"port {port} is in use", "choose another one: --master_port N")
+            else CheckResult(
+                "FAIL", host, f"port {port} is in use", "choose another one: --master_port N"
+            )
         )
     return lines
 
 
-def _check_disk(facts: dict[str, Any]) -> list[Line]:
+def _check_disk(facts: dict[str, Any]) -> list[CheckResult]:
     host, disk = facts["hostname"], facts["disk"]
     if disk is None:
         return []
     if "error" in disk:
         return [
-            Line(
+            CheckResult(
                 "FAIL",
                 host,
                 f"runs folder: {disk['error']}",
@@ -148,35 +207,62 @@ def _check_disk(facts: dict[str, Any]) -> list[Line]:
     )
     if disk["free_gib"] < MIN_FREE_GIB:
         return [
-            Line("warn", host, text, "a checkpoint takes 14 bytes a parameter or more; make room")
+            CheckResult(
+                "warn", host, text, "a checkpoint takes 14 bytes per parameter or more; make room"
+            )
         ]
     if disk["write_gb_s"] < SLOW_DISK_GB_S:
-        return [Line("warn", host, text, "checkpoints will take long; take a faster disk")]
-    return [Line("ok", host, text)]
+        return [CheckResult("warn", host, text, "checkpoints will take long; take a faster disk")]
+    return [CheckResult("ok", host, text)]
 
 
-def check_together(found: list[dict[str, Any]], skews: list[float]) -> list[Line]:
+def check_together(found: list[dict[str, Any]], skews: list[float]) -> list[CheckResult]:
     """Judge hosts against the first of them; `skews` are their clocks' differences to ours, in seconds."""
     first, lines = found[0], []
     for facts, skew in zip(found, skews, strict=True):
         host = facts["hostname"]
         if facts["python"]["version"] != first["python"]["version"]:
-            lines.append(Line("FAIL", host, f"Python {facts['python']['version']}, and "
-                              f"{first['python']['version']} on {first['hostname']}",
-                              "use the same one on every host"))  # fmt: skip
+            lines.append(
+                CheckResult(
+                    "FAIL",
+                    host,
+                    f"Python {facts['python']['version']}, and "
+                    f"{first['python']['version']} on {first['hostname']}",
+                    "use the same one on every host",
+                )
+            )
         if facts["commit"] != first["commit"]:
-            lines.append(Line("FAIL", host, f"checkout at {facts['commit']}, and at {first['commit']} on "
-                              f"{first['hostname']}", "bring them to the same commit"))  # fmt: skip
+            lines.append(
+                CheckResult(
+                    "FAIL",
+                    host,
+                    f"checkout at {facts['commit']}, and at {first['commit']} on "
+                    f"{first['hostname']}",
+                    "bring them to the same commit",
+                )
+            )
         if facts["token_visible"] is False:
-            lines.append(Line("FAIL", host, "does not see the runs folder of this machine",
-                              "put it on a disk that every host shares, at the same path"))  # fmt: skip
+            lines.append(
+                CheckResult(
+                    "FAIL",
+                    host,
+                    "does not see the runs folder of this machine",
+                    "put it on a disk that every host shares, at the same path",
+                )
+            )
         if len(facts["gpus"]) != len(first["gpus"]):
-            lines.append(Line("warn", host, f"{len(facts['gpus'])} GPUs, and {len(first['gpus'])} on "
-                              f"{first['hostname']}", "give the hostfile's slots to match"))  # fmt: skip
+            lines.append(
+                CheckResult(
+                    "warn",
+                    host,
+                    f"{len(facts['gpus'])} GPUs, and {len(first['gpus'])} on {first['hostname']}",
+                    "give the hostfile's slots to match",
+                )
+            )
         text = f"clock {skew:+.1f} s"
         if abs(skew) > SKEW_WARNS_SECONDS:
             status: Literal["warn", "FAIL"] = "FAIL" if abs(skew) > SKEW_FAILS_SECONDS else "warn"
-            lines.append(Line(status, host, text, "run: timedatectl set-ntp true"))
+            lines.append(CheckResult(status, host, text, "run: timedatectl set-ntp true"))
         else:
-            lines.append(Line("ok", host, text))
+            lines.append(CheckResult("ok", host, text))
     return lines

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from launch.doctor.checks import Line
+from launch.doctor.checks import CheckResult
 from launch.doctor.network import MARK, SECONDS, measure
 from launch.errors import UserError
 from launch.paths import ROOT
@@ -19,7 +19,7 @@ from launch.runtime.ssh import run_on_host
 SLOW_BUS_GB_S = {"nccl": 1.0, "gloo": 0.01}
 
 
-def measure_here(ranks: int) -> Line:
+def measure_here(ranks: int) -> CheckResult:
     """The collectives between ranks of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
@@ -28,15 +28,19 @@ def measure_here(ranks: int) -> Line:
             run_local_ranks(measure, ranks)
             return _judge("this machine", json.loads(result.read_text()))
         except (UserError, OSError) as error:
-            return Line("FAIL", "this machine", f"no all-reduce between {ranks} ranks: {error}",
-                        "see NCCL_DEBUG=INFO, and the lines above")  # fmt: skip
+            return CheckResult(
+                "FAIL",
+                "this machine",
+                f"no all-reduce between {ranks} ranks: {error}",
+                "see NCCL_DEBUG=INFO, and the lines above",
+            )
         finally:
             del os.environ["NETWORK_RESULT"]
 
 
 def measure_between(
     hosts: Mapping[str, int], python: str, port: int, environment: Mapping[str, str]
-) -> Line:
+) -> CheckResult:
     """The collectives between the ranks of several hosts, started as a job would start them."""
     names = list(hosts)
     world = {name: list(range(slots)) for name, slots in hosts.items()}
@@ -45,11 +49,23 @@ def measure_between(
     def start(number: int) -> str:
         variables = [f"{name}={value}" for name, value in environment.items()]
         command = [
-            "env", "-C", str(ROOT), *variables, "timeout", str(SECONDS + 20), python, "-m",
-            "deepspeed.launcher.launch", f"--world_info={info}", f"--node_rank={number}",
-            f"--master_addr={names[0]}", f"--master_port={port}", "--log_level", "error",
+            "env",
+            "-C",
+            str(ROOT),
+            *variables,
+            "timeout",
+            str(SECONDS + 20),
+            python,
+            "-m",
+            "deepspeed.launcher.launch",
+            f"--world_info={info}",
+            f"--node_rank={number}",
+            f"--master_addr={names[0]}",
+            f"--master_port={port}",
+            "--log_level",
+            "error",
             "launch/doctor/network.py",
-        ]  # fmt: skip
+        ]
         return run_on_host(names[number], command, timeout=SECONDS + 25)
 
     where = f"{len(names)} hosts"
@@ -57,26 +73,30 @@ def measure_between(
         with ThreadPoolExecutor(max_workers=len(names)) as pool:
             outputs = list(pool.map(start, range(len(names))))
     except UserError as error:
-        return Line("FAIL", where, f"no all-reduce between them: {error}",
-                    "a firewall? set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME")  # fmt: skip
+        return CheckResult(
+            "FAIL",
+            where,
+            f"no all-reduce between them: {error}",
+            "a firewall? set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME",
+        )
     for line in "\n".join(outputs).splitlines():
         if line.startswith(MARK):
             return _judge(where, json.loads(line.removeprefix(MARK)))
-    return Line(
+    return CheckResult(
         "FAIL", where, "no all-reduce between them: rank 0 has said nothing", "see NCCL_DEBUG=INFO"
     )
 
 
-def _judge(where: str, found: dict[str, Any]) -> Line:
+def _judge(where: str, found: dict[str, Any]) -> CheckResult:
     text = (
         f"all-reduce between {found['ranks']} ranks by {found['backend']}: {found['latency_us']} us "
         f"for 1 KiB, {found['bus_gb_s']} GB/s bus bandwidth for {found['mib']} MiB"
     )
     if found["bus_gb_s"] < SLOW_BUS_GB_S[found["backend"]]:
-        return Line(
+        return CheckResult(
             "warn",
             where,
             text,
             "slow: choose a layout that sends little, see recipes/BENCHMARKS.md",
         )
-    return Line("ok", where, text)
+    return CheckResult("ok", where, text)

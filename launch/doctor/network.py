@@ -29,13 +29,13 @@ def measure() -> None:
     rank's link carries, to be compared with the link's own.
     """
     signal.alarm(SECONDS)
-    from launch.runtime.process_group import connect, prepare_environment
+    from launch.runtime.process_group import init_process_group, prepare_environment
 
     prepare_environment()
     import torch
     import torch.distributed as dist
 
-    ranks = connect()
+    ranks = init_process_group()
 
     def seconds(elements: int, times: int) -> float:
         tensor = torch.zeros(elements, device=ranks.device)
@@ -53,7 +53,7 @@ def measure() -> None:
 
     large = LARGE_BYTES[ranks.device.type]
     latency, took = seconds(SMALL_ELEMENTS, SMALL_TIMES), seconds(large // 4, LARGE_TIMES)
-    if ranks.first:
+    if ranks.is_main:
         found = {
             "backend": dist.get_backend(),
             "ranks": ranks.world_size,

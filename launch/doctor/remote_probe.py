@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.doctor.checks import Line
+from launch.doctor.checks import CheckResult
 from launch.runtime.ssh import run_on_host
 
 
@@ -43,7 +43,9 @@ def facts_of_host(
     return found
 
 
-def framework_of_host(host: str, python: str, checkout: Path, timeout: float = 60) -> list[Line]:
+def framework_of_host(
+    host: str, python: str, checkout: Path, timeout: float = 60
+) -> list[CheckResult]:
     """What torch and the cache of compiled ops are like on another host, from its own checkout.
 
     Raises:
@@ -51,4 +53,4 @@ def framework_of_host(host: str, python: str, checkout: Path, timeout: float = 6
     """
     command = ["env", "-C", str(checkout), python, "-m", "launch.doctor.torch_check", host]
     answer = run_on_host(host, command, timeout=timeout)
-    return [Line(**line) for line in json.loads(answer.strip().splitlines()[-1])]
+    return [CheckResult(**line) for line in json.loads(answer.strip().splitlines()[-1])]

@@ -12,58 +12,72 @@ import sys
 from dataclasses import asdict
 
 from launch.doctor import probe
-from launch.doctor.checks import Line
+from launch.doctor.checks import CheckResult
 
 
-def check_framework(host: str) -> list[Line]:
+def check_framework(host: str) -> list[CheckResult]:
     """Both checks, of the host that this runs on."""
     return [*check_cache(host), *check_torch(host)]
 
 
-def check_cache(host: str) -> list[Line]:
+def check_cache(host: str) -> list[CheckResult]:
     """What lies in the cache of compiled ops, and what a killed build has left there."""
     from launch.runtime.op_builder import built_ops, stale_locks, use_private_cache
 
     built = ", ".join(built_ops()) or "empty"
-    lines = [Line("ok", host, f"JIT cache {use_private_cache()}: {built}")]
+    lines = [CheckResult("ok", host, f"JIT cache {use_private_cache()}: {built}")]
     for lock in stale_locks():
         lines.append(
-            Line("FAIL", host, f"JIT cache: {lock} is left from a build that was killed; DeepSpeed waits "
-                 "on it for ever", f"run: rm {lock} (unless another host is building)")
-        )  # fmt: skip
+            CheckResult(
+                "FAIL",
+                host,
+                f"JIT cache: {lock} is left from a build that was killed; DeepSpeed waits "
+                "on it for ever",
+                f"run: rm {lock} (unless another host is building)",
+            )
+        )
     return lines
 
 
-def check_torch(host: str) -> list[Line]:
+def check_torch(host: str) -> list[CheckResult]:
     """Whether torch imports, sees the GPUs, and has its backends."""
     try:
         import torch
         import torch.distributed as dist
     except (ImportError, OSError) as error:
-        return [Line("FAIL", host, f"torch does not import: {error}", "run: make setup")]
+        return [CheckResult("FAIL", host, f"torch does not import: {error}", "run: make setup")]
 
     cuda = torch.cuda.is_available()
     text = f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs"
-    lines = [Line("ok", host, text)]
+    lines = [CheckResult("ok", host, text)]
     if probe.gpus() and not cuda:
         lines.append(
-            Line("FAIL", host, "there are GPUs, and torch sees none", "CPU build, old driver, or "
-                 "CUDA_VISIBLE_DEVICES is empty; pip install torch from the CUDA index")
-        )  # fmt: skip
+            CheckResult(
+                "FAIL",
+                host,
+                "there are GPUs, and torch sees none",
+                "CPU build, old driver, or "
+                "CUDA_VISIBLE_DEVICES is empty; pip install torch from the CUDA index",
+            )
+        )
     for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())):
         if there:
             version = (
                 ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" and cuda else ""
             )
-            lines.append(Line("ok", host, f"{name} {version}".strip()))
+            lines.append(CheckResult("ok", host, f"{name} {version}".strip()))
         elif name == "gloo" or cuda:
-            lines.append(Line("FAIL", host, f"built without {name}", "install PyPI's torch"))
+            lines.append(CheckResult("FAIL", host, f"built without {name}", "install PyPI's torch"))
     for number in range(1, torch.cuda.device_count()):
         if not torch.cuda.can_device_access_peer(0, number):
             lines.append(
-                Line("warn", host, f"GPU 0 does not reach GPU {number} directly", "no NVLink or P2P: "
-                     "tensor parallelism will be slow")
-            )  # fmt: skip
+                CheckResult(
+                    "warn",
+                    host,
+                    f"GPU 0 does not reach GPU {number} directly",
+                    "no NVLink or P2P: tensor parallelism will be slow",
+                )
+            )
     return lines
 
 

@@ -34,7 +34,7 @@ class Finding:
 
 
 def error(key: str, rule: str, message: str) -> Finding:
-    """A finding that must be mended."""
+    """A finding that must be fixed."""
     return Finding(key, "error", rule, message)
 
 

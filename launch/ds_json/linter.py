@@ -1,4 +1,4 @@
-"""A linter for DeepSpeed JSON: what DeepSpeed 0.19.8 refuses, ignores, or quietly takes otherwise.
+"""A linter for DeepSpeed JSON: what DeepSpeed 0.19.8 rejects, ignores, or quietly takes otherwise.
 
 `lint` works on any config, ours or not. This file holds the walk over the keys; the rules that
 know what the keys mean are in `ds_rules.py`, and the key table is in `ds_keys.py`.
@@ -85,7 +85,7 @@ def _walk_unknown(block: dict[str, Any], valid: ds_keys.Tree, path: str) -> Iter
 
 def _unknown(key: str, here: str, valid: ds_keys.Tree, path: str) -> Finding:
     strict = any(path == name or path.startswith(f"{name}.") for name in ds_keys.models())
-    fate = "DeepSpeed refuses it" if strict else "DeepSpeed ignores it without a word"
+    fate = "DeepSpeed rejects it" if strict else "DeepSpeed ignores it without a word"
     hint = nearest(key, valid)
     if not hint:
         homes = [parent for parent, name in _all_keys() if name == key and parent != path]

@@ -199,7 +199,7 @@ def _hugging_face(facts: Facts) -> Iterator[Finding]:
     if not facts.hf:
         return
     if "zero_optimization" not in facts.config:
-        message = "Accelerate refuses a config without it; stage 0 is enough"
+        message = "Accelerate rejects a config without it; stage 0 is enough"
         yield error("zero_optimization", "hf-missing", message)
     for name in ("betas", "eps"):
         if facts.params.get(name) == "auto":

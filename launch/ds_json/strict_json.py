@@ -13,7 +13,7 @@ from launch.paths import ROOT
 def load_json(path: str | Path) -> dict[str, Any]:
     """Read one JSON object strictly: no comments, trailing commas, duplicate keys or NaN.
 
-    DeepSpeed itself reads a laxer dialect (hjson) that Hugging Face and other tools refuse.
+    DeepSpeed itself reads a laxer dialect (hjson) that Hugging Face and other tools reject.
 
     Raises:
         UserError: with file, line and column, or with the nearest file name where there is none.

@@ -101,7 +101,7 @@ def other_blocks(facts: Facts) -> Iterator[Finding]:
         )
         yield warning("activation_checkpointing", "no-effect", message)
     if "pipeline" in facts.config and facts.stage >= 2:
-        message = "PipelineModule refuses ZeRO stages 2 and 3, and nothing else reads this block"
+        message = "PipelineModule rejects ZeRO stages 2 and 3, and nothing else reads this block"
         yield warning("pipeline", "no-effect", message)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.config.schema import HFModel, Recipe
-from launch.parity.run import Trace
+from launch.parity.run import TrainingRecord
 from launch.training.build_model import meta_model
 
 if TYPE_CHECKING:
@@ -134,7 +134,10 @@ def key_biases(recipe: Recipe) -> dict[str, slice]:
 
 
 def compare(
-    reference: Trace, layout: Trace, limits: Tolerances, free_rows: dict[str, slice]
+    reference: TrainingRecord,
+    layout: TrainingRecord,
+    limits: Tolerances,
+    free_rows: dict[str, slice],
 ) -> list[Difference]:
     """Every loss, gradient norm and weight tensor of two runs, the worst one last.
 

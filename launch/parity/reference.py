@@ -17,7 +17,7 @@ from launch.data.batch import Batch, MicroBatch
 from launch.ds_json.view import compute_dtype, training_dtype
 from launch.training.lr_schedule import learning_rate_factor
 from launch.training.optimizer import parameter_groups
-from launch.training.train_step import Step
+from launch.training.train_step import StepResult
 
 
 def _adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -72,7 +72,7 @@ class Reference:
         """Compile the forward pass, loss included, and the backward pass."""
         self.loss = torch.compile(_loss)
 
-    def train_step(self, batch: Batch) -> Step:
+    def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on a whole global batch, a micro batch at a time."""
         device = self.weights[0].device
         learning_rate = self.learning_rate * learning_rate_factor(
@@ -101,7 +101,7 @@ class Reference:
                 for weight, master in zip(self.weights, self.masters, strict=True):
                     weight.copy_(master)
         self.step_number += 1
-        return Step(loss_sum, float(norm), learning_rate)
+        return StepResult(loss_sum, float(norm), learning_rate)
 
     def _move_gradients_to_masters(self) -> None:
         for weight, master in zip(self.weights, self.masters, strict=True):

@@ -5,13 +5,13 @@ from pathlib import Path
 from rich.table import Table
 
 from launch.parity.compare import Difference
-from launch.parity.run import Trace
+from launch.parity.run import TrainingRecord
 
 SHOWN_TENSORS = 8
 SMALLEST = 1e-10  # stands for 0 on a logarithmic axis; fp32 has no relative difference below 6e-8
 
 
-def table(reference: Trace, differences: list[Difference]) -> Table:
+def table(reference: TrainingRecord, differences: list[Difference]) -> Table:
     """Losses and gradient norms by step, the worst tensors, and the worst of all in the last row.
 
     `differences` come from `compare`, which has sorted them, the worst one last.

@@ -18,11 +18,11 @@ from launch.training.setup import RunPlan, local_engine, plan_run
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from launch.training.train_step import Step
+    from launch.training.train_step import StepResult
 
 
 @dataclass(frozen=True)
-class Trace:
+class TrainingRecord:
     """What a run leaves to compare: one number a step, and the last weights in fp32 on the CPU.
 
     Weights have their canonical names (`launch/checkpoint/full_weights.py`), tied ones once. On ranks
@@ -35,7 +35,7 @@ class Trace:
     weights: dict[str, "Tensor"]
 
     @classmethod
-    def of(cls, steps: "list[Step]", weights: dict[str, "Tensor"]) -> "Trace":
+    def of(cls, steps: "list[StepResult]", weights: dict[str, "Tensor"]) -> "TrainingRecord":
         """The trace of a run's steps and of its last weights."""
         return cls(
             [step.loss for step in steps],
@@ -46,7 +46,7 @@ class Trace:
 
 
 def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
-    """Refuse what one device cannot repeat step for step.
+    """Reject what one device cannot repeat step for step.
 
     Raises:
         UserError: for fp16 with a loss scale that changes, dropout, or another optimizer than AdamW; it
@@ -109,7 +109,7 @@ def plan_reference(recipe: Recipe, micro_batch: int | None = None, uneven: bool 
     return plan_run(recipe.on_one_device(micro_batch), 1, weights=weights)
 
 
-def run_reference(plan: RunPlan) -> Trace:
+def run_reference(plan: RunPlan) -> TrainingRecord:
     """The steps of a run on one device, without DeepSpeed: on the GPU where there is one."""
     import torch
 
@@ -122,10 +122,10 @@ def run_reference(plan: RunPlan) -> Trace:
     reference = Reference(model, plan.ds_config, plan.recipe.train)
     steps = [reference.train_step(plan.batch(step)) for step in range(plan.recipe.train.steps)]
     weights = {name: tensor.cpu() for name, tensor in reference.full_weights().items()}
-    return Trace.of(steps, weights)
+    return TrainingRecord.of(steps, weights)
 
 
-def run_layout(values: dict[str, Any], scratch: Path, uneven: bool = False) -> Trace:
+def run_layout(values: dict[str, Any], scratch: Path, uneven: bool = False) -> TrainingRecord:
     """The recipe's steps as one rank of a layout; every rank calls it, in a process of its own.
 
     The arguments and errors are those of `launch.training.setup.local_engine`, and of `plan_reference`.
@@ -141,12 +141,12 @@ def run_layout(values: dict[str, Any], scratch: Path, uneven: bool = False) -> T
         ]
         weights: dict[str, Tensor] = {}
         for name, tensor in full_weights(local.engine):
-            if local.ranks.first:
+            if local.ranks.is_main:
                 weights[name] = tensor.to("cpu", copy=True)
-    return Trace.of(steps, weights)
+    return TrainingRecord.of(steps, weights)
 
 
-def write_layout_trace(values: dict[str, Any], file: Path, uneven: bool = False) -> None:
+def write_layout_record(values: dict[str, Any], file: Path, uneven: bool = False) -> None:
     """`run_layout`, with the result in a file: weights are too large for a pipe."""
     trace = run_layout(values, file.parent, uneven)
 
@@ -156,8 +156,8 @@ def write_layout_trace(values: dict[str, Any], file: Path, uneven: bool = False)
         torch.save(vars(trace), file)
 
 
-def read_trace(file: Path) -> Trace:
-    """What `write_layout_trace` wrote."""
+def read_record(file: Path) -> TrainingRecord:
+    """What `write_layout_record` wrote."""
     import torch
 
-    return Trace(**torch.load(file, weights_only=True))
+    return TrainingRecord(**torch.load(file, weights_only=True))

@@ -27,14 +27,14 @@ from launch.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from launch.training.train_step import Step
+    from launch.training.train_step import StepResult
 
 PLAIN, LAYERWISE, LAYOUT = "plain loop", "layer-wise", "layout"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One contender. Times are medians over the steps of all rounds.
+    """One configuration. Times are medians over the steps of all rounds.
 
     `memory_gib` is the peak of the rank that needs most: allocated on a GPU, resident on a CPU.
     `mfu` is None where the device's peak is not known; see `models.config.flops_per_token`.
@@ -121,7 +121,7 @@ def _speed(
 
 
 def as_json(recipe: Recipe, speeds: list[Speed]) -> dict[str, Any]:
-    """What `--json` prints: every contender, and how the layout compares with the plain loop."""
+    """What `--json` prints: every configuration, and how the layout compares with the plain loop."""
     plain, layout = speeds[0], speeds[-1]
     return {
         "recipe": recipe.name,
@@ -207,7 +207,7 @@ def _measure(
     steps: int,
     devices: "list[torch.device]",
     batch: Callable[[int], Batch],
-    step: "Callable[[Batch], Step]",
+    step: "Callable[[Batch], StepResult]",
     file: Path,
 ) -> None:
     import torch

@@ -21,7 +21,7 @@ from launch.config.schema import Recipe
 from launch.data.batch import Batch
 from launch.errors import UserError
 from launch.paths import ROOT
-from launch.perf.trace_events import FORWARD, Event, Run
+from launch.perf.trace_events import FORWARD, Event, ScheduleRun
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +38,11 @@ class Traced:
     """What a launch found: the device's name, and a run for each number of micro batches and schedule."""
 
     device: str
-    runs: list[Run]
+    runs: list[ScheduleRun]
 
 
 def check_pipeline(recipe: Recipe) -> None:
-    """Refuse a recipe without stages.
+    """Reject a recipe without stages.
 
     Raises:
         UserError: naming the recipe with a pipeline that is nearest by its name, then by its ranks.
@@ -96,14 +96,14 @@ def trace(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int) -> T
     return Traced(found[0]["device"], runs)
 
 
-def _merge(parts: tuple[dict[str, Any], ...]) -> Run:
+def _merge(parts: tuple[dict[str, Any], ...]) -> ScheduleRun:
     first = parts[0]
     steps = [
         [[Event(*event) for event in events] for events in stages]
         for stages in zip(*(part["steps"] for part in parts), strict=True)
     ]
     saved = [part["saved_bytes"] for part in parts]
-    return Run(first["schedule"], first["micro_batches"], steps, saved)
+    return ScheduleRun(first["schedule"], first["micro_batches"], steps, saved)
 
 
 def trace_rank(values: dict[str, Any], micro_batches: list[int], steps: int, folder: Path) -> None:

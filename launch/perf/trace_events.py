@@ -61,7 +61,7 @@ def peak_live(events: list[Event]) -> int:
 
 
 @dataclass(frozen=True)
-class Run:
+class ScheduleRun:
     """The timed steps of one schedule with one number of micro batches.
 
     `saved_bytes` is, for each stage, the most that autograd kept at a time for backward passes, without

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from launch.perf.trace_events import BACKWARD, FORWARD, Run, Stages, span
+from launch.perf.trace_events import BACKWARD, FORWARD, ScheduleRun, Stages, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ END: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 NARROW = 0.008  # share of the picture's width below which a number has no room in its box
 
 
-def bubble_table(runs: list[Run]) -> Table:
+def bubble_table(runs: list[ScheduleRun]) -> Table:
     """Measured and ideal bubble of every run, with the idle share of each stage."""
     from models.pipeline_stages import ideal_bubble
 
@@ -68,7 +68,7 @@ def bubble_table(runs: list[Run]) -> Table:
     return shown
 
 
-def live_table(runs: list[Run]) -> Table:
+def live_table(runs: list[ScheduleRun]) -> Table:
     """Peak live micro batches and saved activations of every stage, at the largest m."""
     most = max(run.micro_batches for run in runs)
     shown = Table(title=f"peak live activations, m = {most}", title_justify="left")
@@ -91,7 +91,7 @@ def live_table(runs: list[Run]) -> Table:
     return shown
 
 
-def write_csv(runs: list[Run], file: Path) -> None:
+def write_csv(runs: list[ScheduleRun], file: Path) -> None:
     """A row for every schedule, number of micro batches and stage."""
     from models.pipeline_stages import ideal_bubble
 
@@ -108,7 +108,7 @@ def write_csv(runs: list[Run], file: Path) -> None:
             rows.writerows((*whole, stage, *part) for stage, part in enumerate(parts))
 
 
-def write_chrome(runs: list[Run], file: Path) -> None:
+def write_chrome(runs: list[ScheduleRun], file: Path) -> None:
     """The typical step of each run in Chrome's trace format.
 
     A stage is a process, a schedule a thread of it, and every step begins at 0. Times are microseconds.
@@ -173,7 +173,7 @@ def _arrows(stages: Stages, schedule: str, thread: int, begin: float) -> list[di
     return found
 
 
-def save_picture(runs: list[Run], title: str, file: Path) -> None:
+def save_picture(runs: list[ScheduleRun], title: str, file: Path) -> None:
     """Draw the typical step of each run, one below the other on the same scale of time."""
     import matplotlib
 

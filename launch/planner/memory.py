@@ -83,7 +83,7 @@ def estimate(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> Memor
 def stage_parameters(config: GPTConfig, tensor: int, first: int, last: int) -> int:
     """Parameters on each tensor rank of a stage that runs layers first to last - 1 of the chain.
 
-    Matrices, and the biases of column-parallel layers, are cut over the tensor ranks; norms, the
+    Matrices, and the biases of column-parallel layers, are sharded over the tensor ranks; norms, the
     biases of row-parallel layers and positions are whole on each; the vocabulary is padded to a
     multiple of the ranks. An output tied to an embedding on the same stage is counted once.
     """
@@ -179,7 +179,7 @@ def _activation_bytes(
     Kept: the blocks, or with recomputation a hidden vector a block; what a stage sends; on the last
     stage what goes into the norm and the projection, and the log-probabilities in fp32 (4 bytes a
     logit; the pipeline engine holds the logits too). At work, the larger of
-    - the loss: 8 bytes a logit for its gradient and that of the log-probabilities, and over tensor
+    - the loss: 8 bytes per logit for its gradient and that of the log-probabilities, and over tensor
       ranks the logits' own;
     - the backward pass of a block: half of what it keeps, once again for the gradients on their way,
       and with recomputation all of it before.

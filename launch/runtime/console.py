@@ -5,7 +5,7 @@ import time
 
 
 def say(text: str) -> None:
-    """Print once, not once a rank."""
+    """Print once, not once per rank."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 

@@ -57,7 +57,7 @@ DISK = {
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a person can mend into one `error:` line on stderr and exit code 2, on every rank.
+    """Turn what a person can fix into one `error:` line on stderr and exit code 2, on every rank.
 
     The loss of another rank is one line too, and exit code 1. Anything else keeps its traceback: it
     is a defect of ours, and the traceback is the report.

@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankInfo:
     """This process's place: global rank, number of ranks, rank on this host, and device."""
 
     rank: int
@@ -29,8 +29,8 @@ class Ranks:
     device: "torch.device"
 
     @property
-    def first(self) -> bool:
-        """Whether this rank speaks for all."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which speaks for all."""
         return self.rank == 0
 
 
@@ -40,7 +40,7 @@ def prepare_environment() -> None:
     Without a launcher, the process becomes the one rank of a world of one. A rank whose launcher
     is killed ends with it.
     """
-    take_ranks_from_mpi()
+    set_rank_env_from_mpi()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -58,7 +58,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
-def take_ranks_from_mpi() -> None:
+def set_rank_env_from_mpi() -> None:
     """Under mpirun without another launcher, RANK and the like are MPI's, or each process would be alone.
 
     `deepspeed --launcher openmpi` starts ranks so.
@@ -81,7 +81,7 @@ def take_ranks_from_mpi() -> None:
         )
 
 
-def connect() -> Ranks:
+def init_process_group() -> RankInfo:
     """Join the process group: NCCL where this rank has a GPU, gloo elsewhere.
 
     Returns after every rank of the world has joined.
@@ -95,7 +95,7 @@ def connect() -> Ranks:
     from launch.deepspeed_patches.startup import skip_shared_memory_op
 
     deepspeed.utils.logger.setLevel("WARNING")
-    # DeepSpeed calls what torch 2.13 has renamed; once a rank and a collective, and nothing to mend.
+    # DeepSpeed calls what torch 2.13 has renamed; once per rank and a collective, and nothing to fix.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_op()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -118,10 +118,10 @@ def connect() -> Ranks:
             f"port {os.environ.get('MASTER_PORT')} is in use on this machine, by another run perhaps; "
             "choose another one: deepspeed --master_port N, or MASTER_PORT=N for other launchers"
         ) from None
-    return Ranks(rank, world_size, local_rank, device)
+    return RankInfo(rank, world_size, local_rank, device)
 
 
-def leave() -> NoReturn:
+def shutdown() -> NoReturn:
     """End this rank, successfully, when all ranks have come here.
 
     Without the interpreter's own end: it takes down threads of gloo and the autograd engine in no
@@ -136,11 +136,11 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-def from_first_rank(ranks: Ranks, decide: Callable[[], Decision]) -> Decision:
+def from_main_rank(ranks: RankInfo, decide: Callable[[], Decision]) -> Decision:
     """Rank 0's decision, on every rank. Whatever it is has to be picklable."""
     import torch.distributed as dist
 
-    decision: list[Any] = [decide() if ranks.first else None]
+    decision: list[Any] = [decide() if ranks.is_main else None]
     dist.broadcast_object_list(decision, src=0)
     first: Decision = decision[0]
     return first

@@ -1,4 +1,4 @@
-"""Where a run writes, and which checkpoint it goes on from.
+"""Where a run writes, and which checkpoint it resumes from.
 
 runs/<recipe>/<time>/
     recipe.yaml        the resolved recipe
@@ -33,7 +33,7 @@ from launch.paths import ROOT
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """Paths of one run."""
 
     path: Path
@@ -72,7 +72,7 @@ def new_folder(parent: Path) -> Path:
             return path
 
 
-def claim(run: RunFolder) -> FileLock:
+def lock_run_dir(run: RunDir) -> FileLock:
     """Make the run's folder, and keep every other process out of it while this one lives.
 
     Raises:
@@ -94,9 +94,7 @@ def claim(run: RunFolder) -> FileLock:
     return lock
 
 
-def write_settings(
-    run: RunFolder, recipe: Recipe, ds_config: dict[str, Any], world_size: int
-) -> None:
+def write_settings(run: RunDir, recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> None:
     """Write recipe.yaml, deepspeed.json and environment.json; a resumed run's keeps the earlier."""
     (run.path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
     (run.path / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n")

@@ -58,7 +58,7 @@ def _parent(pid: int) -> int | None:
         return None
 
 
-def tell_of_signals() -> None:
+def install_signal_handlers() -> None:
     """End with one line on SIGINT and SIGTERM, also while the main thread waits in a collective.
 
     Python runs handlers in the main thread and between bytecodes, which a rank whose peer is gone

@@ -19,7 +19,7 @@ FAILURES = (
      "~/.ssh/known_hosts, and compare the key"),
     ("Could not resolve hostname", "nobody knows this name; look for a typing error, or add it to "
      "/etc/hosts"),
-    ("Permission denied", "ssh is refused without a password; run: ssh-copy-id {host}"),
+    ("Permission denied", "ssh asks for a password; run: ssh-copy-id {host}"),
     ("Connection refused", "nothing listens for ssh there; start its sshd"),
     ("No route to host", "unreachable; is it switched on and in this network?"),
     ("Network is unreachable", "unreachable; is it in this network?"),

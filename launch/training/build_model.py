@@ -1,4 +1,4 @@
-"""From a recipe to its model: whole, cut over tensor ranks, divided by ZeRO-3, or one pipeline stage."""
+"""From a recipe to its model: whole, a tensor shard, partitioned by ZeRO-3, or a pipeline stage."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def build_model(
     device: torch.device | str,
     tp: TensorParallel = ONE_RANK,
 ) -> nn.Module:
-    """The recipe's model with its first weights on one device ("meta": shapes only).
+    """The recipe's model with its initial weights on one device ("meta": shapes only).
 
     Whole by default; with `tp`, a GPT is this rank's shard of it.
 
@@ -108,7 +108,7 @@ def build_pipeline(
     topology: Topology,
     tp: TensorParallel,
 ) -> GPTPipeline:
-    """This rank's pipeline stage of a GPT, with its first weights.
+    """This rank's pipeline stage of a GPT, with its initial weights.
 
     Raises:
         UserError: where the layers cannot be cut as `parallel.partition` says.

@@ -21,7 +21,7 @@ from launch.deepspeed_patches.stage0 import (
     undo_step_taken_at_construction,
 )
 from launch.ds_json.view import training_dtype, zero_stage
-from launch.runtime.process_group import Ranks
+from launch.runtime.process_group import RankInfo
 from launch.training.build_model import build_model, build_partitioned, build_pipeline
 from launch.training.compile import compile_engine, gather_whole_blocks
 from launch.training.lr_schedule import learning_rate_factor
@@ -39,7 +39,7 @@ def make_topology(recipe: Recipe, layout: Layout) -> Topology:
 
 
 def build_engine(
-    recipe: Recipe, ds_config: dict[str, Any], ranks: Ranks, topology: Topology
+    recipe: Recipe, ds_config: dict[str, Any], ranks: RankInfo, topology: Topology
 ) -> DeepSpeedEngine:
     """The recipe's model on DeepSpeed's engine, ready for `launch/training/train_step.py`."""
     dtype, tp = training_dtype(ds_config), topology.tensor_parallel(recipe.parallel.sequence)

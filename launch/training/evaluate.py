@@ -1,4 +1,4 @@
-"""Held-out loss and next-token logits, on either of DeepSpeed's engines."""
+"""Validation loss and next-token logits, on either of DeepSpeed's engines."""
 
 import torch
 import torch.distributed as dist

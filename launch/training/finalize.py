@@ -10,8 +10,8 @@ from launch.config.schema import Recipe
 from launch.data.prepare import Corpus
 from launch.ds_json.view import training_dtype
 from launch.runtime.console import say
-from launch.runtime.process_group import Ranks
-from launch.runtime.run_dir import RunFolder
+from launch.runtime.process_group import RankInfo
+from launch.runtime.run_dir import RunDir
 from launch.training.evaluate import next_token_logits
 from launch.training.sampling import sample
 
@@ -20,26 +20,26 @@ def finish(
     recipe: Recipe,
     ds_config: dict[str, Any],
     engine: DeepSpeedEngine,
-    run: RunFolder,
+    run: RunDir,
     corpus: Corpus,
-    ranks: Ranks,
-    held_out_loss: float,
+    ranks: RankInfo,
+    validation_loss: float,
 ) -> None:
     """Write model*.safetensors, sample.txt and summary.json, and tell of them. Every rank calls it."""
     files = save_weights(engine, run.path, training_dtype(ds_config))
-    say(f"held-out loss: {held_out_loss:.4f} nats per token")
+    say(f"validation loss: {validation_loss:.4f} nats per token")
     say(f"weights: {', '.join(str(file) for file in files)}")
     if recipe.run.sample_tokens:
         text = _sample(recipe, engine, corpus, ranks)
-        if ranks.first:
+        if ranks.is_main:
             (run.path / "sample.txt").write_text(text)
         say(f"sample:\n{text}\n")
-    if ranks.first:
-        summary = {"steps": recipe.train.steps, "held_out_loss": held_out_loss}
+    if ranks.is_main:
+        summary = {"steps": recipe.train.steps, "validation_loss": validation_loss}
         run.summary.write_text(json.dumps(summary) + "\n")
 
 
-def _sample(recipe: Recipe, engine: DeepSpeedEngine, corpus: Corpus, ranks: Ranks) -> str:
+def _sample(recipe: Recipe, engine: DeepSpeedEngine, corpus: Corpus, ranks: RankInfo) -> str:
     context = recipe.data.sequence_length
     return sample(
         lambda tokens: next_token_logits(engine, tokens, context),

@@ -18,8 +18,8 @@ import torch
 from launch.config.schema import Recipe
 from launch.errors import UserError
 from launch.runtime.hardware import device_peak_tflops, peak_memory_gib
-from launch.runtime.run_dir import RunFolder, read_metrics
-from launch.training.train_step import Step
+from launch.runtime.run_dir import RunDir, read_metrics
+from launch.training.train_step import StepResult
 
 PLAIN_LINES = 20  # about as many lines as a log gets where there is no terminal for a bar
 
@@ -29,7 +29,7 @@ class Metrics:
 
     def __init__(
         self,
-        run: RunFolder,
+        run: RunDir,
         recipe: Recipe,
         start: int,
         world_size: int,
@@ -57,7 +57,7 @@ class Metrics:
         """Leave what came before (a save, an evaluation) out of the next step's time."""
         self.clock = time.perf_counter()
 
-    def log(self, step: int, result: Step) -> None:
+    def log(self, step: int, result: StepResult) -> None:
         """Record the step with number `step`, counted from 1."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
@@ -86,10 +86,12 @@ class Metrics:
             left = (self.recipe.train.steps - step) * seconds
             print(f"step {step}/{self.recipe.train.steps}: {text}, {left:.0f} s left", flush=True)
 
-    def log_held_out(self, step: int, loss: float) -> None:
-        """Record the held-out loss after `step` finished steps."""
-        self.records = [r for r in self.records if not (r["step"] == step and "held_out_loss" in r)]
-        self._write({"step": step, "held_out_loss": loss})
+    def log_validation(self, step: int, loss: float) -> None:
+        """Record the validation loss after `step` finished steps."""
+        self.records = [
+            r for r in self.records if r["step"] != step or validation_loss_of(r) is None
+        ]
+        self._write({"step": step, "validation_loss": loss})
 
     def _write(self, record: dict[str, Any]) -> None:
         # JSON has no word for "not a number": the norm of gradients that overflowed in fp16, say.
@@ -127,7 +129,7 @@ def _progress_bar(start: int, steps: int) -> Any:
     return tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
 
-def _trackers(run: RunFolder, recipe: Recipe, start: int) -> list[Any]:
+def _trackers(run: RunDir, recipe: Recipe, start: int) -> list[Any]:
     # A tracker takes (scalars, step), and (None, 0) at the end.
     trackers: list[Any] = []
     if recipe.run.tensorboard:
@@ -158,7 +160,7 @@ def _trackers(run: RunFolder, recipe: Recipe, start: int) -> list[Any]:
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Refuse a tracker that is asked for and not installed, before anything is computed.
+    """Reject a tracker that is asked for and not installed, before anything is computed.
 
     Raises:
         UserError: naming the package to install.
@@ -172,8 +174,14 @@ def check_trackers(recipe: Recipe) -> None:
             ) from None
 
 
+def validation_loss_of(record: dict[str, Any]) -> float | None:
+    """The validation loss in a line of metrics.jsonl; earlier versions called it `held_out_loss`."""
+    loss: float | None = record.get("validation_loss", record.get("held_out_loss"))
+    return loss
+
+
 def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
-    """Save a picture of training and held-out loss over tokens."""
+    """Save a picture of training and validation loss over tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,19 +192,21 @@ def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
     if not training:
         return
     per_step = training[-1]["tokens"] / training[-1]["step"]
-    held_out = [(r["step"] * per_step, r["held_out_loss"]) for r in records if "held_out_loss" in r]
+    validation = [
+        (r["step"] * per_step, loss) for r in records if (loss := validation_loss_of(r)) is not None
+    ]
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(
         [r["tokens"] for r in training], [r["loss"] for r in training], lw=1.2, label="training"
     )
-    if held_out:
+    if validation:
         axes.plot(
-            *zip(*held_out, strict=True),
+            *zip(*validation, strict=True),
             "o-",
             color="tab:red",
             lw=0.8,
             ms=4,
-            label=f"held out ({held_out[-1][1]:.3f})",
+            label=f"validation ({validation[-1][1]:.3f})",
         )
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1M, not 1e6
     axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)")

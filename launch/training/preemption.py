@@ -8,18 +8,18 @@ have to stop after the same step.
 import torch
 import torch.distributed as dist
 
-from launch.runtime.process_group import Ranks
-from launch.runtime.run_dir import RunFolder
+from launch.runtime.process_group import RankInfo
+from launch.runtime.run_dir import RunDir
 
 
-def stop_asked(run: RunFolder, ranks: Ranks) -> bool:
+def stop_requested(run: RunDir, ranks: RankInfo) -> bool:
     """Whether the run is to save and end now: rank 0 looks, and every rank gets its answer."""
-    asked = torch.tensor(int(ranks.first and run.stop.exists()), device=ranks.device)
+    asked = torch.tensor(int(ranks.is_main and run.stop.exists()), device=ranks.device)
     dist.broadcast(asked, 0)
     return bool(asked.item())
 
 
-def stop_obeyed(run: RunFolder, ranks: Ranks) -> None:
+def clear_stop_request(run: RunDir, ranks: RankInfo) -> None:
     """Take the request away, so that the run can go on later. After the save."""
-    if ranks.first:
+    if ranks.is_main:
         run.stop.unlink(missing_ok=True)

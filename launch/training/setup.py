@@ -27,7 +27,7 @@ from launch.runtime.op_builder import build_ops, ops_needed, use_private_cache
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from launch.runtime.process_group import Ranks
+    from launch.runtime.process_group import RankInfo
     from models.parallel.topology import Topology
 
 
@@ -95,24 +95,24 @@ def _check_vocabulary(recipe: Recipe, corpus: Corpus) -> None:
         )
 
 
-def join_ranks(plan: RunPlan, say: Callable[[str], None] = print) -> "tuple[Ranks, Topology]":
+def join_ranks(plan: RunPlan, say: Callable[[str], None] = print) -> "tuple[RankInfo, Topology]":
     """Build what the JSON needs, meet the other ranks, and make the groups of the grid. A collective.
 
     Raises:
         UserError: where an op cannot be built, or the ranks cannot meet.
     """
-    from launch.runtime.process_group import connect
+    from launch.runtime.process_group import init_process_group
     from launch.training.engine import make_topology
 
     build_ops(ops_needed(plan.ds_config), say)
-    return connect(), make_topology(plan.recipe, plan.layout)
+    return init_process_group(), make_topology(plan.recipe, plan.layout)
 
 
 class LocalEngine(NamedTuple):
     """What a rank holds."""
 
     plan: RunPlan
-    ranks: "Ranks"
+    ranks: "RankInfo"
     topology: "Topology"
     engine: "DeepSpeedEngine"
 

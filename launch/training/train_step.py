@@ -18,7 +18,7 @@ from launch.data.batch import Batch, MicroBatch
 
 
 @dataclass(frozen=True)
-class Step:
+class StepResult:
     """What one optimizer step reports: means over the global batch, the norm before clipping."""
 
     loss: float
@@ -27,7 +27,7 @@ class Step:
     skipped: bool = False
 
 
-def train_step(engine: DeepSpeedEngine, batch: Batch) -> Step:
+def train_step(engine: DeepSpeedEngine, batch: Batch) -> StepResult:
     """One optimizer step on this rank's part of a global batch.
 
     The loss is the weighted sum over the global batch's labels, divided by their total weight.
@@ -50,7 +50,7 @@ def train_step(engine: DeepSpeedEngine, batch: Batch) -> Step:
         dist.all_reduce(loss_sum, group=engine.data_parallel_group)
         loss = loss_sum.item() / data_size
     norm = engine.get_global_grad_norm()
-    return Step(
+    return StepResult(
         loss=loss,
         grad_norm=math.nan if norm is None else float(norm),
         learning_rate=learning_rate,

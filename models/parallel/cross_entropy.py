@@ -68,7 +68,7 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """Sum over all tokens of -log p(label), in fp32, from logits of which each rank has columns.
 
-    What crosses the ranks is three numbers a token, and never the logits (arXiv:1909.08053, section
+    What crosses the ranks is three numbers per token, and never the logits (arXiv:1909.08053, section
     3).
 
     Args:

@@ -5,7 +5,7 @@ Ranks are numbered with the last axis innermost:
     rank = (stage * data + data_rank) * tensor + tensor_rank
 
 so that a tensor group, which talks several times a layer, is a run of neighbours on one host, and
-pipeline stages, which talk once a micro batch, are furthest apart (arXiv:2104.04473, section 3). It is
+pipeline stages, which talk once per micro batch, are furthest apart (arXiv:2104.04473, section 3). It is
 the order of DeepSpeed's PipeModelDataParallelTopology. On 8 ranks with tensor 2, pipeline 2:
 
     stage 0:  data 0: ranks 0 1     stage 1:  data 0: ranks 4 5

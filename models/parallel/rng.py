@@ -17,7 +17,7 @@ from models.parallel.collectives import Group, group_rank, group_size
 
 
 @contextmanager
-def own_generator(group: Group, device: torch.device) -> Iterator[None]:
+def fork_rng_per_rank(group: Group, device: torch.device) -> Iterator[None]:
     """Within it, the default generator of `device` draws numbers that differ by rank of `group`.
 
     They follow from where the shared generator is, and from nothing else: recomputation, which puts
@@ -53,5 +53,5 @@ def dropout(x: Tensor, probability: float, training: bool, sharded_over: Group =
     """
     if not training or probability == 0.0:
         return x
-    with own_generator(sharded_over, x.device):
+    with fork_rng_per_rank(sharded_over, x.device):
         return F.dropout(x, probability)

@@ -1,4 +1,4 @@
-"""Linear layers and an embedding cut over tensor parallel ranks (Megatron-LM, arXiv:1909.08053).
+"""Linear layers and an embedding sharded over tensor parallel ranks (Megatron-LM, arXiv:1909.08053).
 
 A column-parallel layer and then a row-parallel one make a pair with one all-reduce each way: the
 first cuts its outputs, so that each rank computes features of its own; what is between them (GELU,
@@ -6,7 +6,7 @@ attention heads) works on those alone; the second cuts its inputs to match, and 
 is the result.
 
 Each layer takes a plain process group and stands on its own; with None it is the layer of one device.
-Under sequence parallelism (arXiv:2205.05198) what lies outside such a pair is cut along the sequence:
+Under sequence parallelism (arXiv:2205.05198) what lies outside such a pair is sharded along the sequence:
 the first gathers it, and the second scatters the sum.
 
 A cut parameter says how it is cut in `parameter.shard`, and is marked `tensor_model_parallel`, by
@@ -35,7 +35,7 @@ from models.parallel.collectives import (
 
 @dataclass(frozen=True)
 class Shard:
-    """How a whole parameter is cut along `dim` over `size` ranks, of which this is `rank`.
+    """How a whole parameter is sharded along `dim` over `size` ranks, of which this is `rank`.
 
     `parts` are the sizes of pieces that are each cut by themselves, for a matrix that holds several:
     the rows of queries, keys and values, or of SwiGLU's gate and up. Every rank then holds a piece of
@@ -110,7 +110,7 @@ def column_parallel(
 
 
 class ColumnParallelLinear(nn.Module):
-    """`x W^T + b` with the outputs cut over the ranks.
+    """`x W^T + b` with the outputs sharded over the ranks.
 
     Weight: whole `[sum(parts), in]`, on a rank `[sum(parts) / ranks, in]`; the bias alike. See
     `Shard` for `parts`. With `pad`, a part need not be a multiple of the ranks.
@@ -141,7 +141,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """`x W^T + b` with the inputs cut over the ranks, as a column-parallel layer leaves them.
+    """`x W^T + b` with the inputs sharded over the ranks, as a column-parallel layer leaves them.
 
     Weight: whole `[out, in]`, on a rank `[out, in / ranks]`. The bias is whole on every rank.
 
@@ -182,7 +182,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding with the vocabulary cut over the ranks, padded where they do not divide it.
+    """An embedding with the vocabulary sharded over the ranks, padded where they do not divide it.
 
     Weight: whole `[vocab, hidden]`, on a rank `[ceil(vocab / ranks), hidden]`.
     """

@@ -20,8 +20,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("bad"))
 
 
-def refused(ended: Ended, *words: str) -> None:
-    """The command must have refused in one line that holds all of `words`."""
+def rejected(ended: Ended, *words: str) -> None:
+    """The command must have rejected in one line that holds all of `words`."""
     line = ended.error()
     assert ended.code == 2, line
     missing = [word for word in words if word not in line]
@@ -104,9 +104,9 @@ OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", OVERRIDES)
-def test_an_override_is_refused(case: str, recipe: Path) -> None:
+def test_an_override_is_rejected(case: str, recipe: Path) -> None:
     sets, words = OVERRIDES[case]
-    refused(train(recipe, *sets), *words)
+    rejected(train(recipe, *sets), *words)
 
 
 def _text(text: str) -> Callable[[Path], Path]:
@@ -137,9 +137,9 @@ RECIPES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_a_recipe_is_refused(case: str, tmp_path: Path) -> None:
+def test_a_recipe_is_rejected(case: str, tmp_path: Path) -> None:
     write, words = RECIPES[case]
-    refused(train(write(tmp_path)), *words)
+    rejected(train(write(tmp_path)), *words)
 
 
 GOOD_JSON = '{"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}'
@@ -155,11 +155,11 @@ JSONS = {
 
 
 @pytest.mark.parametrize("case", JSONS)
-def test_a_json_is_refused(case: str, recipe: Path, tmp_path: Path) -> None:
+def test_a_json_is_rejected(case: str, recipe: Path, tmp_path: Path) -> None:
     text, words = JSONS[case]
     file = tmp_path / "broken.json"
     file.write_text(text)
-    refused(train(recipe, f"{CONFIG}={file}"), *words)
+    rejected(train(recipe, f"{CONFIG}={file}"), *words)
 
 
 TEXTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
@@ -172,20 +172,20 @@ TEXTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_a_text_is_refused(case: str, recipe: Path, tmp_path: Path) -> None:
+def test_a_text_is_rejected(case: str, recipe: Path, tmp_path: Path) -> None:
     name, text, words = TEXTS[case]
     folder = tmp_path / "corpus"
     folder.mkdir()
     if text is not None:
         (folder / name).write_text(text)
-    refused(train(recipe, f"data.source={folder / name}"), *words)
+    rejected(train(recipe, f"data.source={folder / name}"), *words)
 
 
-def test_a_tracker_that_is_not_installed_is_refused(recipe: Path, tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_rejected(recipe: Path, tmp_path: Path) -> None:
     # First on the path, so that it is not found even where it is installed.
     (tmp_path / "wandb.py").write_text("raise ImportError('not installed')\n")
     ended = train(recipe, "run.wandb=project", env={"PYTHONPATH": str(tmp_path)})
-    refused(ended, "run.wandb", "pip install wandb")
+    rejected(ended, "run.wandb", "pip install wandb")
 
 
 @pytest.mark.parametrize(
@@ -195,43 +195,43 @@ def test_a_tracker_that_is_not_installed_is_refused(recipe: Path, tmp_path: Path
         ("FOLDER", "{n_layerz: 1}", ("n_layerz",)),
     ],
 )
-def test_a_transformers_model_is_refused(
+def test_a_transformers_model_is_rejected(
     path: str, changes: str, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     path = path.replace("FOLDER", str(tmp_path))
     recipe = write_recipe(tmp_path, f"{{family: hf, path: {path}, changes: {changes}}}")
-    refused(train(recipe), *words)
+    rejected(train(recipe), *words)
 
 
-def test_a_port_in_use_is_refused(recipe: Path) -> None:
+def test_a_port_in_use_is_rejected(recipe: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
         command = train_command(recipe, ranks=2)
         command[command.index("--master_port") + 1] = str(port)
-        refused(run(command), str(port), "in use", "--master_port")
+        rejected(run(command), str(port), "in use", "--master_port")
 
 
-def test_a_missing_compiler_is_refused(recipe: Path, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_rejected(recipe: Path, tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "python").symlink_to(sys.executable)
     env = {"PATH": str(tools), "CXX": "", "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
     ended = train(recipe, f"{CONFIG}=ds_configs/zero2_offload_cpu.json", env=env)
-    refused(ended, "cpu_adam", "compiler")
+    rejected(ended, "cpu_adam", "compiler")
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
     command: list[str | Path] = [sys.executable, ROOT / "scripts/generate.py", tmp_path]
-    refused(run(command), str(tmp_path), "run folder")
+    rejected(run(command), str(tmp_path), "run folder")
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused_once(recipe: Path) -> None:
+def test_ranks_that_do_not_divide_the_batch_are_rejected_once(recipe: Path) -> None:
     ended = train(recipe, "train.global_batch_size=7", "train.micro_batch_size=1", ranks=2)
-    refused(ended, "train.global_batch_size", "7", "2")
+    rejected(ended, "train.global_batch_size", "7", "2")
 
 
 def test_what_every_rank_finds_is_told_once(recipe: Path) -> None:
-    refused(train(recipe, "data.tokenizer=/nowhere", ranks=2), "data.tokenizer", "/nowhere")
+    rejected(train(recipe, "data.tokenizer=/nowhere", ranks=2), "data.tokenizer", "/nowhere")

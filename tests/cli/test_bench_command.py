@@ -1,4 +1,4 @@
-"""scripts/bench.py: both contenders train the same, and the ratios follow from what was timed."""
+"""scripts/bench.py: both configurations train the same, and the ratios follow from what was timed."""
 
 import json
 import subprocess

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.checkpoint.manifest import damage, newest_complete
-from launch.runtime.run_dir import RunFolder, read_metrics
+from launch.checkpoint.manifest import find_damage, newest_complete
+from launch.runtime.run_dir import RunDir, read_metrics
 from tests.cli.commands import (
     GONE_WITHIN_SECONDS,
     Ended,
@@ -123,7 +123,7 @@ def test_ctrl_c_is_one_line(recipe: Path, tmp_path: Path) -> None:
         output, _ = process.communicate()
     assert process.returncode == 130
     assert "interrupted" in Ended(process.returncode, read + output).error()
-    newest, _ = newest_complete(RunFolder(tmp_path / "run"))
+    newest, _ = newest_complete(RunDir(tmp_path / "run"))
     assert newest is not None
 
 
@@ -138,7 +138,7 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe: Path, tmp_path: Path) ->
     assert "deepspeed.optimizer.params.lr" in line
     last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"]
     assert f"step {last + 1}: loss is nan" in line
-    assert damage(tmp_path / f"run/checkpoints/step_{last:08d}") is None
+    assert find_damage(tmp_path / f"run/checkpoints/step_{last:08d}") is None
 
 
 LIMITED = """

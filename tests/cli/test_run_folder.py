@@ -66,9 +66,9 @@ def test_metrics_has_each_step_once(folder: Path) -> None:
     assert all(set(record) == FIELDS for record in steps)
     assert steps[-1]["tokens"] == STEPS * 8 * 32
     assert all(r["grad_norm"] > 0 and r["tokens_per_second"] > 0 for r in steps)
-    assert [r["step"] for r in records if "held_out_loss" in r] == [2, 4, 5]
+    assert [r["step"] for r in records if "validation_loss" in r] == [2, 4, 5]
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary == {"steps": STEPS, "held_out_loss": records[-1]["held_out_loss"]}
+    assert summary == {"steps": STEPS, "validation_loss": records[-1]["validation_loss"]}
 
 
 def test_tensorboard_has_the_same_numbers(folder: Path) -> None:
@@ -79,7 +79,7 @@ def test_tensorboard_has_the_same_numbers(folder: Path) -> None:
     steps = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
     logged = [(e.step, e.value) for e in events.Scalars("loss")]
     assert logged == [(r["step"], pytest.approx(r["loss"])) for r in steps]
-    assert {"grad_norm", "learning_rate", "held_out_loss"} <= set(events.Tags()["scalars"])
+    assert {"grad_norm", "learning_rate", "validation_loss"} <= set(events.Tags()["scalars"])
 
 
 def test_the_loss_curve_is_a_picture(folder: Path, tmp_path: Path) -> None:

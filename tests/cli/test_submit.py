@@ -1,4 +1,4 @@
-"""scripts/submit.py before a cluster has the job: what it renders, refuses and remembers."""
+"""scripts/submit.py before a cluster has the job: what it renders, rejects and remembers."""
 
 import os
 import sys

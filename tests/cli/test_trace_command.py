@@ -16,7 +16,7 @@ from torch import nn
 
 from launch.paths import ROOT
 from launch.perf.pipeline_trace import SavedBytes
-from launch.perf.trace_events import Event, Run, idle_shares, peak_live, span
+from launch.perf.trace_events import Event, ScheduleRun, idle_shares, peak_live, span
 from models.pipeline_stages import micro_batches_alive
 
 SMALL = [
@@ -194,7 +194,7 @@ def test_the_bubble_of_a_timeline_by_hand() -> None:
     assert idle_shares(gpipe) == pytest.approx([4 / 12] * 3)
     uneven = by_hand("12AB", "r1A.")
     assert idle_shares(uneven) == pytest.approx([0.0, 0.5])
-    run = Run("1f1b", 2, [uneven, uneven, by_hand("12..AB", "r1A...")], [0, 0])
+    run = ScheduleRun("1f1b", 2, [uneven, uneven, by_hand("12..AB", "r1A...")], [0, 0])
     assert run.bubble() == pytest.approx(0.25)
     assert run.seconds() == pytest.approx(4.0)
     assert run.idle() == pytest.approx([0.0, 0.5])

@@ -116,7 +116,7 @@ def test_a_run_says_where_it_went(runs: dict[str, tuple[str, Path]], launcher: s
         f"{ranks} ranks = pipeline 1 x data {ranks} x tensor 1; global batch 8 = data {ranks} "
         f"x accumulation {accumulation} x micro batch 2"
     ) in said
-    for text in ("held-out loss: ", "loss curve: ", f"step {STEPS}/{STEPS}: loss "):
+    for text in ("validation loss: ", "loss curve: ", f"step {STEPS}/{STEPS}: loss "):
         assert said.count(text) == 1, f"{text!r} is told once, by rank 0"
     # `run.dir` was relative to where the command was started.
     assert re.search(rf"^run folder: .*{folder.name}$", said, re.M)

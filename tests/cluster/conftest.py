@@ -12,14 +12,14 @@ from tests.cluster.virtual import Cluster
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A cluster of two hosts; where this machine cannot hold one, the test fails in one line."""
-    made, refused = Cluster(), ""
+    made, rejected = Cluster(), ""
     try:
         try:
             made.up()
         except UserError as error:
-            refused = str(error)
-        if refused:  # said here, where no traceback comes before it
-            pytest.fail(refused, pytrace=False)
+            rejected = str(error)
+        if rejected:  # said here, where no traceback comes before it
+            pytest.fail(rejected, pytrace=False)
         # The list of what was submitted is a person's own; jobs of the tests go into another.
         jobs = made.folder / "submitted"
         for folder in (INDEX.parent, jobs):

@@ -1,4 +1,4 @@
-"""What a slow link between two hosts costs each layout, measured: bytes sent and seconds a step.
+"""What a slow link between two hosts costs each layout, measured: bytes sent and seconds per step.
 
     python -m tests.cluster.slow_links            (as root; some five minutes)
 
@@ -127,7 +127,7 @@ def _overrides(layout: str, folder: Path, steps: int) -> list[str]:
 
 def table(cluster: Cluster) -> Iterator[str]:
     """The lines of the table, each as soon as it is measured."""
-    yield "| layout | MB a host a step: by formula | measured | seconds a step: unlimited | " + (
+    yield "| layout | MB a host a step: by formula | measured | seconds per step: unlimited | " + (
         " | ".join(f"{rate} (ratio)" for rate in RATES[1:]) + " |"
     )
     yield "| --- " * (len(RATES) + 3) + "|"

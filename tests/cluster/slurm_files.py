@@ -134,7 +134,7 @@ def write_files(folder: Path, hub: str, addresses: Mapping[str, str]) -> None:
         *(f"spool.{n}" for n in addresses),
     ):
         (folder / name).mkdir(parents=True)
-    # munged refuses a folder that others may write to, and clients have to reach its socket.
+    # munged rejects a folder that others may write to, and clients have to reach its socket.
     (folder / "munge").chmod(0o755)
     key = folder / "munge/key"
     key.touch(mode=0o400)

@@ -211,9 +211,9 @@ def test_plain_mpirun_starts_one_world(cluster: Cluster, tmp_path: Path) -> None
         str(ROOT / "launch/train.py"), "--config", str(file), "--set", *values,
     ]  # fmt: skip
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "23458"}
-    refused = cluster.run(command)
-    assert refused.code != 0
-    assert "MASTER_ADDR and MASTER_PORT not set: mpirun does not say where" in refused.output
+    rejected = cluster.run(command)
+    assert rejected.code != 0
+    assert "MASTER_ADDR and MASTER_PORT not set: mpirun does not say where" in rejected.output
     done = cluster.run(command, env=env)
     assert done.code == 0, done.output
     assert "2 ranks = pipeline 1 x data 2 x tensor 1" in done.output

@@ -171,7 +171,7 @@ def test_what_slurm_refuses_is_told_before_submission(
 ) -> None:
     values = recipe_values(cluster)
     values["train"] |= {"global_batch_size": 64}
-    file = write_yaml(cluster.folder / "slurm_refused.yaml", values)
+    file = write_yaml(cluster.folder / "slurm_rejected.yaml", values)
     ended = try_submit(cluster, "slurm", file, site(cluster, "bad", **changes), gpus=gpus)
     assert ended.code == 2
     assert expected in ended.error()

@@ -29,7 +29,7 @@ def test_optimizer_steps_at_construction() -> None:
 
 
 def norm_of_shards() -> float:
-    """One parameter cut over two ranks; the gradients of its shards are 3 and 4."""
+    """One parameter sharded over two ranks; the gradients of its shards are 3 and 4."""
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""What the linter's rules claim, seen in real DeepSpeed runs."""
+"""What the linter's rules lock_run_dir, seen in real DeepSpeed runs."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from launch.config.resolve import merge
 from launch.ds_json.linter import lint
 from launch.ds_json.strict_json import load_json
 from launch.paths import ROOT
-from tests.ds_configs.test_lint import CPU, config, params, zero
+from tests.ds_configs.test_linter import CPU, config, params, zero
 from tests.ds_configs.training import train_raw, train_with_accelerate
 from tests.ranks import run_ranks
 

@@ -16,7 +16,7 @@ def _start() -> None:
 
 
 def _allow_fp16_on_cpu(config: dict[str, Any]) -> None:
-    # DeepSpeed asks whether this CPU has fp16 instructions and refuses where not; torch computes
+    # DeepSpeed asks whether this CPU has fp16 instructions and rejects where not; torch computes
     # fp16 on any. The loss scaling, the casts and ZeRO's buckets below are the real ones.
     from deepspeed.accelerator import get_accelerator
 

@@ -10,7 +10,7 @@ from typing import Any
 from launch.config.load import load_recipe, recipe_from_dict
 from launch.config.schema import Recipe
 from launch.parity.compare import Difference, compare, key_biases, tolerances_of
-from launch.parity.run import Trace, plan_reference, run_layout, run_reference
+from launch.parity.run import TrainingRecord, plan_reference, run_layout, run_reference
 from launch.paths import ROOT
 from tests.ranks import run_ranks
 
@@ -112,10 +112,10 @@ class Workbench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._references: dict[str, Trace] = {}
+        self._references: dict[str, TrainingRecord] = {}
         self._sound: dict[str, list[Difference]] = {}
 
-    def reference(self, recipe: Recipe, uneven: bool) -> tuple[Trace, dict[str, Any]]:
+    def reference(self, recipe: Recipe, uneven: bool) -> tuple[TrainingRecord, dict[str, Any]]:
         """The plain loop's trace and JSON, without activation checkpointing whatever the recipe says."""
         values = recipe.model_dump()
         values["model"]["checkpoint_activations"] = False
@@ -140,7 +140,7 @@ class Workbench:
     def compare(
         self,
         case: Case,
-        run: Callable[..., Trace] = run_layout,
+        run: Callable[..., TrainingRecord] = run_layout,
         *before: Any,
         changes: dict[str, Any] | None = None,
     ) -> list[Difference]:

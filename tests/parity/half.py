@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from launch.parity.run import Trace, run_layout
+from launch.parity.run import TrainingRecord, run_layout
 
 
 def fp16(stage: int) -> tuple[str, ...]:
@@ -15,7 +15,7 @@ def fp16(stage: int) -> tuple[str, ...]:
     )
 
 
-def run_layout_in_fp16(values: dict[str, Any], scratch: Path, uneven: bool) -> Trace:
+def run_layout_in_fp16(values: dict[str, Any], scratch: Path, uneven: bool) -> TrainingRecord:
     """`run_layout` on a CPU that DeepSpeed takes for one with fp16 instructions.
 
     torch computes fp16 on any; what is above it (loss scale, casts, ZeRO) is the real thing.

@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 from launch.parity.compare import Difference
-from launch.parity.run import Trace, run_layout
+from launch.parity.run import TrainingRecord, run_layout
 
 Fault = Callable[[], None]
 
@@ -16,7 +16,9 @@ def plant(owner: Any, name: str, wrong: Any) -> None:
     mock.patch.object(owner, name, wrong).start()  # the process ends with the run
 
 
-def faulty_layout(fault: Fault, values: dict[str, Any], scratch: Path, uneven: bool) -> Trace:
+def faulty_layout(
+    fault: Fault, values: dict[str, Any], scratch: Path, uneven: bool
+) -> TrainingRecord:
     """Run in each rank: plant the fault, then be a rank like any other."""
     fault()
     return run_layout(values, scratch, uneven)

@@ -14,7 +14,7 @@ from launch.config.resolve import resolve
 from launch.config.schema import Recipe
 from launch.deepspeed_patches.autotp import check_plan
 from launch.errors import UserError
-from launch.parity.run import Trace, run_layout
+from launch.parity.run import TrainingRecord, run_layout
 from launch.planner.dry_run import print_dry_run
 from launch.training.build_model import meta_model
 from tests.parity.cases import NO_CLIP, Case, Workbench
@@ -66,8 +66,8 @@ class HFCase(Case):
         return recipe_from_dict(values)
 
 
-def _run(fault: str, values: dict[str, Any], scratch: Path, uneven: bool) -> Trace:
-    """A rank of the layout, without one of the mends or with a fault planted in DeepSpeed."""
+def _run(fault: str, values: dict[str, Any], scratch: Path, uneven: bool) -> TrainingRecord:
+    """A rank of the layout, without one of the workarounds or with a fault planted in DeepSpeed."""
     from deepspeed.module_inject.layers import RowParallel
 
     from launch.training import engine
@@ -172,8 +172,8 @@ def test_what_is_whole_stays_the_same_on_all_ranks(stem: str, bench: Workbench) 
     assert shapes == {name: tuple(p.shape) for name, p in model.model.named_parameters()}
 
 
-REFUSED_MODELS: list[tuple[str, dict[str, Any], int, str]] = [
-    ("gpt2", {}, 1, "transformers has no plan to cut gpt2 models"),
+REJECTED_MODELS: list[tuple[str, dict[str, Any], int, str]] = [
+    ("gpt2", {}, 1, "transformers has no plan to shard gpt2 models"),
     ("olmo2", {}, 1, "rowwise_split_input, which DeepSpeed's AutoTP does not know"),
     ("apertus", {}, 1, "layers.0.mlp.act_fn.alpha_p of this apertus model works on a shard"),
     ("llama", {"num_key_value_heads": 1}, 3, "more than the model's 1 key/value heads"),
@@ -181,8 +181,8 @@ REFUSED_MODELS: list[tuple[str, dict[str, Any], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "changes", "stage", "message"), REFUSED_MODELS)
-def test_a_model_that_would_be_cut_wrongly_is_refused(
+@pytest.mark.parametrize(("kind", "changes", "stage", "message"), REJECTED_MODELS)
+def test_a_model_that_would_be_cut_wrongly_is_rejected(
     kind: str, changes: dict[str, Any], stage: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -195,7 +195,7 @@ def test_a_dry_run_refuses_it_too(tmp_path: Path) -> None:
     )
     model = f"model.path={tmp_path / 'gpt2.json'}"
     recipe = load_recipe("recipes/hf_qwen3_0b6_zero2.yaml", [model, "parallel.tensor=2"])
-    with pytest.raises(UserError, match="transformers has no plan to cut gpt2 models"):
+    with pytest.raises(UserError, match="transformers has no plan to shard gpt2 models"):
         print_dry_run(recipe, 2)
 
 
@@ -217,14 +217,14 @@ def test_the_tested_models_are_accepted(name: str) -> None:
     check_plan(_on_meta(values.pop("model_type"), values), 2, stage=2)
 
 
-def test_settings_of_the_json_that_go_wrong_are_refused(bench: Workbench) -> None:
-    def refusal(*overrides: str) -> str:
+def test_settings_of_the_json_that_go_wrong_are_rejected(bench: Workbench) -> None:
+    def rejection(*overrides: str) -> str:
         recipe = Case("zero3", 2, overrides=("parallel.tensor=2", *overrides)).recipe(bench.folder)
         with pytest.raises(UserError) as caught:
             resolve(recipe, plan_layout(recipe, 2))
         return str(caught.value)
 
     zero = "deepspeed.zero_optimization."
-    assert "take the block out of the JSON" in refusal("deepspeed.tensor_parallel.autotp_size=2")
-    assert "zero_hpz_partition_size: it makes" in refusal(f"{zero}zero_hpz_partition_size=2")
-    assert "zero_quantized_gradients: it makes" in refusal(f"{zero}zero_quantized_gradients=true")
+    assert "take the block out of the JSON" in rejection("deepspeed.tensor_parallel.autotp_size=2")
+    assert "zero_hpz_partition_size: it makes" in rejection(f"{zero}zero_hpz_partition_size=2")
+    assert "zero_quantized_gradients: it makes" in rejection(f"{zero}zero_quantized_gradients=true")

@@ -45,19 +45,19 @@ def test_two_ranks_agree_with_one_device(tmp_path: Path, weights: tuple[str, ...
     assert (tmp_path / "out" / "parity.png").stat().st_size > 10_000
 
 
-def faulty_write_layout_trace(values: dict[str, object], file: Path, uneven: bool) -> None:
+def faulty_write_layout_record(values: dict[str, object], file: Path, uneven: bool) -> None:
     """Run in each rank by `test_a_fault_ends_with_exit_code_1`."""
-    from launch.parity.run import write_layout_trace
+    from launch.parity.run import write_layout_record
     from tests.parity.test_faults import gradients_not_divided_by_the_accumulation_steps
 
     gradients_not_divided_by_the_accumulation_steps()
-    write_layout_trace(values, file, uneven)
+    write_layout_record(values, file, uneven)
 
 
 def test_a_fault_ends_with_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.parity.run.write_layout_trace", faulty_write_layout_trace)
+    monkeypatch.setattr("launch.parity.run.write_layout_record", faulty_write_layout_record)
     assert command.main([*arguments(tmp_path), "--ranks", "1"]) == command.EXIT_DIFFERENT
     assert "parity FAILS" in (printed := capsys.readouterr().out)
     assert "grad norm at step 1" in printed
@@ -73,7 +73,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_more_steps_than_the_tolerances_hold_for_are_refused(tmp_path: Path) -> None:
+def test_more_steps_than_the_tolerances_hold_for_are_rejected(tmp_path: Path) -> None:
     done = run(*arguments(tmp_path), "--steps", "11")
     assert done.returncode == 2
     assert "--steps" in done.stderr
@@ -85,7 +85,7 @@ def one_rank_is_killed() -> None:
     time.sleep(600)
 
 
-def one_rank_refuses() -> None:
+def one_rank_rejects() -> None:
     if os.environ["RANK"] == "1":
         raise UserError("data.source: there is no text")
     time.sleep(600)
@@ -95,6 +95,6 @@ def test_ranks_end_together() -> None:
     with pytest.raises(UserError, match="rank 1 died with exit code -9"):
         run_local_ranks(one_rank_is_killed, 2)
     with pytest.raises(UserError, match=r"^data\.source: there is no text$"):
-        run_local_ranks(one_rank_refuses, 2)
+        run_local_ranks(one_rank_rejects, 2)
     ours = psutil.Process().children(recursive=True)
     assert not [child for child in ours if "spawn_main" in " ".join(child.cmdline())]

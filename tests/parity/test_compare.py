@@ -10,15 +10,15 @@ from launch.config.schema import Recipe
 from launch.errors import UserError
 from launch.parity.compare import Difference, Tolerances, compare, key_biases, tolerances
 from launch.parity.report import verdict
-from launch.parity.run import Trace, check_comparable
+from launch.parity.run import TrainingRecord, check_comparable
 
 LIMITS = Tolerances(first_loss=1e-6, loss=1e-5, grad_norm=1e-5, matrices=1e-5, vectors=1e-5)
 
 
 def trace(
     losses: tuple[float, ...] = (4.0, 2.0), weights: dict[str, torch.Tensor] | None = None
-) -> Trace:
-    return Trace(list(losses), [1.0] * len(losses), [1e-3] * len(losses), weights or {})
+) -> TrainingRecord:
+    return TrainingRecord(list(losses), [1.0] * len(losses), [1e-3] * len(losses), weights or {})
 
 
 def recipe(model: dict[str, object]) -> Recipe:
@@ -111,7 +111,7 @@ def test_keys_are_free_only_where_their_bias_cannot_matter() -> None:
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused_with_the_override_to_use(
+def test_what_cannot_be_compared_is_rejected_with_the_override_to_use(
     model: dict[str, object], ds_config: dict[str, object], words: str
 ) -> None:
     usual: dict[str, object] = {"optimizer": {"type": "AdamW"}}

@@ -1,4 +1,4 @@
-"""Held-out loss, next-token scores and generation are those of one device, in every layout.
+"""Validation loss, next-token scores and generation are those of one device, in every layout.
 
 And they leave no trace: what is trained after an evaluation is what would have been without it.
 """

@@ -25,24 +25,23 @@ def backward_all_reduce_dropped() -> None:
 def row_parallel_sum_without_autograd() -> None:
     import torch.distributed as dist
 
-    from models.parallel import tensor_parallel as tp_layers
+    from models.parallel import tensor_parallel
 
     def wrong(x: Tensor, group: Any) -> Tensor:
         summed = x.detach().clone()
         dist.all_reduce(summed, group=group)
         return summed
 
-    plant(tp_layers, "reduce_from_group", wrong)
+    plant(tensor_parallel, "reduce_from_group", wrong)
 
 
 def row_parallel_sum_summed_on_the_way_back_too() -> None:
-    from models.parallel import collectives as tp_ops
-    from models.parallel import tensor_parallel as tp_layers
+    from models.parallel import collectives, tensor_parallel
 
     def wrong(x: Tensor, group: Any) -> Tensor:
-        return tp_ops.copy_to_group(tp_ops.reduce_from_group(x, group), group)
+        return collectives.copy_to_group(collectives.reduce_from_group(x, group), group)
 
-    plant(tp_layers, "reduce_from_group", wrong)
+    plant(tensor_parallel, "reduce_from_group", wrong)
 
 
 def row_bias_added_on_every_rank() -> None:

@@ -22,13 +22,12 @@ from models import pipeline_schedules as schedules
 from models.config import SIZES, GPTConfig
 from models.gpt import GPT
 from models.init_weights import initialize
-from models.parallel import collectives as tp_ops
-from models.parallel import tensor_parallel as tp_layers
+from models.parallel import collectives, tensor_parallel
 from tests.collectives import Traffic
 from tests.parity.cases import write_text
 from tests.ranks import run_ranks
 from tests.unit.test_tp_faults import SEEDED
-from tests.unit.tp_cases import FAMILIES, start, tensor_parallel, tokens_and_labels
+from tests.unit.tp_cases import FAMILIES, make_tp, start, tokens_and_labels
 
 TEXT = (ROOT / "models" / "README.md").read_text()
 # torch's operations by the names of what they do.
@@ -108,7 +107,9 @@ def test_every_file_is_named_and_every_name_is_a_file() -> None:
         assert f"| [{name}]({name}) |" in TEXT, f"{name} is not in the reading order"
     for row in table("counted: tensor"):
         for name in re.findall(r"`(\w{2,})`", row.cells["where"]):
-            assert any(hasattr(module, name) for module in (gpt, tp_layers, tp_ops)), name
+            assert any(hasattr(module, name) for module in (gpt, tensor_parallel, collectives)), (
+                name
+            )
 
 
 def test_every_seeded_fault_that_is_named_is_seeded() -> None:
@@ -136,7 +137,7 @@ def sent_by_tensor_ranks() -> list[Counts]:
     start()
     found = []
     for config, holds in tensor_cases():
-        model = GPT(config, "recompute" in holds, tensor_parallel(config, "sequence" in holds))
+        model = GPT(config, "recompute" in holds, make_tp(config, "sequence" in holds))
         initialize(model, 1)
         tokens, labels = tokens_and_labels(config.vocab)
         with Traffic() as forward:

@@ -47,7 +47,7 @@ def without_hub(recipe: Recipe, hub_model: Path) -> list[str]:
 
 
 def small_grid(file: Path) -> tuple[int, int, int]:
-    """Ranks, tensor and pipeline size to train a recipe with: a tiny one's own, or two of each axis."""
+    """RankInfo, tensor and pipeline size to train a recipe with: a tiny one's own, or two of each axis."""
     recipe = load_recipe(file)
     tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
     if tensor * pipeline == 1:

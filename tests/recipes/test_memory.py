@@ -158,7 +158,7 @@ def test_a_block_keeps_the_bytes_of_the_formula(
     config = FAMILIES[family]
     expected = block_bytes(config, ranks, sequence_parallel, dtype.itemsize)
     for found in run_ranks(kept_bytes, ranks, config, sequence_parallel, dtype):
-        # Norms' statistics, attention's log-sums, dropout's offsets: a few numbers a token.
+        # Norms' statistics, attention's log-sums, dropout's offsets: a few numbers per token.
         assert found == pytest.approx(expected, rel=0.05)
 
 
@@ -187,12 +187,12 @@ def test_micro_batches_alive_are_those_of_the_schedule(
 
 def state_bytes(config: str, overrides: list[str]) -> float:
     """Bytes of an engine's tensors when its second step has all gradients and starts on the update."""
-    from launch.runtime.process_group import connect
+    from launch.runtime.process_group import init_process_group
     from launch.training.engine import build_engine, make_topology
     from launch.training.train_step import train_step
 
     recipe = load_recipe(WIDE, [*WIDER, f"deepspeed.config={config}", *overrides])
-    ranks = connect()
+    ranks = init_process_group()
     layout = plan_layout(recipe, ranks.world_size)
     topology = make_topology(recipe, layout)
     engine = build_engine(recipe, resolve(recipe, layout), ranks, topology)

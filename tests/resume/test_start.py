@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and when it refuses to."""
+"""Which checkpoint a run resumes from, and which it rejects."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from launch.config.layout import plan_layout
 from launch.config.load import recipe_from_dict
 from launch.config.schema import Recipe
 from launch.errors import UserError
-from launch.runtime.run_dir import RunFolder, claim
+from launch.runtime.run_dir import RunDir, lock_run_dir
 from tests.resume.runs import steps_logged, train, values, write_text
 
 ZERO1: dict[str, Any] = {"config": "ds_configs/zero1.json", "bf16": {"enabled": False}}
@@ -106,7 +106,7 @@ def test_a_path_names_a_run_or_a_checkpoint(
         assert start.folder.path.resolve() == tmp_path / "run"
 
 
-def test_a_wrong_path_is_refused(tmp_path: Path) -> None:
+def test_a_wrong_path_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--resume: there is no folder .*nowhere"):
         choose_start(_recipe(tmp_path), str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no complete checkpoint"):
@@ -152,11 +152,11 @@ def test_run_dir_is_relative_to_where_the_command_runs(
 
 
 def test_two_processes_do_not_write_to_one_run(tmp_path: Path) -> None:
-    lock = claim(RunFolder(tmp_path / "run"))
+    lock = lock_run_dir(RunDir(tmp_path / "run"))
     with pytest.raises(UserError, match="a run that has not ended"):
-        claim(RunFolder(tmp_path / "run"))
+        lock_run_dir(RunDir(tmp_path / "run"))
     lock.release()
-    claim(RunFolder(tmp_path / "run")).release()
+    lock_run_dir(RunDir(tmp_path / "run")).release()
 
 
 CHANGED: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -171,14 +171,14 @@ CHANGED: dict[str, tuple[dict[str, Any], str | None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGED)
-def test_a_changed_recipe_is_refused_by_the_key(change: str, tmp_path: Path) -> None:
-    changes, refused = CHANGED[change]
+def test_a_changed_recipe_is_rejected_by_the_key(change: str, tmp_path: Path) -> None:
+    changes, rejected = CHANGED[change]
     saved = _checkpoint(tmp_path, _recipe(tmp_path))
     plain = values(tmp_path, **ZERO1)
     now = recipe_from_dict(
         {**plain, **{block: {**plain[block], **new} for block, new in changes.items()}}
     )
-    _check(saved, _identity(now), now.train.steps, refused)
+    _check(saved, _identity(now), now.train.steps, rejected)
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_a_changed_recipe_is_refused_by_the_key(change: str, tmp_path: Path) -> 
         ({"json": {"a": {"lr": 2}}}, r"deepspeed.a.lr was 1 and is 2"),
     ],
 )
-def test_another_world_is_refused(other: dict[str, Any], refused: str, tmp_path: Path) -> None:
+def test_another_world_is_rejected(other: dict[str, Any], rejected: str, tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     saved = _checkpoint(tmp_path, recipe)
-    _check(saved, _identity(recipe, **other), recipe.train.steps, refused)
+    _check(saved, _identity(recipe, **other), recipe.train.steps, rejected)
 
 
 def _identity(
@@ -208,11 +208,11 @@ def _checkpoint(folder: Path, recipe: Recipe) -> Path:
     return saved
 
 
-def _check(saved: Path, identity: dict[str, Any], steps: int, refused: str | None) -> None:
-    if refused is None:
+def _check(saved: Path, identity: dict[str, Any], steps: int, rejected: str | None) -> None:
+    if rejected is None:
         assert checkpoint.check(saved, identity, steps) == 2
         return
-    with pytest.raises(UserError, match=refused):
+    with pytest.raises(UserError, match=rejected):
         checkpoint.check(saved, identity, steps)
 
 

@@ -31,8 +31,8 @@ def _train_and_ask(recipe: dict[str, Any], agree: bool) -> None:
 
     vars(launch.training.train_step)["train_step"] = interrupted
     if not agree:
-        vars(launch.training.preemption)["stop_asked"] = lambda run, ranks: (
-            ranks.first and run.stop.exists()
+        vars(launch.training.preemption)["stop_requested"] = lambda run, ranks: (
+            ranks.is_main and run.stop.exists()
         )
     launch.train.train(recipe_from_dict(recipe), None)
 

@@ -66,7 +66,7 @@ def test_ranks_and_micro_steps_divide_the_global_batch(
         assert torch.equal(rows - rows[..., :1], torch.arange(4).expand_as(rows))
 
 
-def test_too_little_text_for_one_batch_is_refused(numbers: TokenFile) -> None:
+def test_too_little_text_for_one_batch_is_rejected(numbers: TokenFile) -> None:
     Batches(numbers, 4, 11, seed=0)
     with pytest.raises(
         UserError, match=r"47 train tokens make 11 sequences of 4, fewer than .* 12"
@@ -106,7 +106,7 @@ def test_held_out_rows_are_the_first_of_the_file(numbers: TokenFile) -> None:
     assert batch.tokens.dtype == torch.int64
 
 
-def test_too_little_held_out_text_is_refused(numbers: TokenFile) -> None:
+def test_too_little_held_out_text_is_rejected(numbers: TokenFile) -> None:
     with pytest.raises(UserError, match=r"data\.held_out: 47 held-out tokens"):
         validation_set(numbers, 47, 1, 1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import kill_job as end_on_host
+from launch.cluster import kill_job
 from launch.cluster.job_store import Record
 from launch.cluster.monitor import errors
 from launch.cluster.slurm import world_info
@@ -31,7 +31,7 @@ def test_a_node_s_ranks_get_the_gpus_that_slurm_gave() -> None:
     assert devices(1, 2, None) == devices(1, 2, "") == {"node0": [0, 1]}
 
 
-def test_another_number_of_gpus_than_asked_for_is_refused() -> None:
+def test_another_number_of_gpus_than_asked_for_is_rejected() -> None:
     with pytest.raises(UserError, match="gave the job GPUs 4,5,6 on this node, and it wants 2"):
         world_info(2, 2, "4,5,6")
 
@@ -62,11 +62,11 @@ def test_only_the_job_s_own_processes_are_ended(tmp_path: Path) -> None:
     neighbour = subprocess.Popen([*command, "launch/train.py", "--config", f"{other}/x.yaml"])
     reader = subprocess.Popen([*command, f"{own}/logs/x.log", f"{own}/node.sh"])
     try:
-        assert sorted(end_on_host.processes_of(str(own))) == sorted([mine.pid, mpirun.pid])
+        assert sorted(kill_job.processes_of(str(own))) == sorted([mine.pid, mpirun.pid])
         for process in (mine, mpirun):
             process.terminate()
             process.wait(timeout=100)
-        assert end_on_host.end(str(own)) == 0
+        assert kill_job.end(str(own)) == 0
         assert neighbour.poll() is None
         assert reader.poll() is None
     finally:

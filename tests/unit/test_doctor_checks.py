@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launch.doctor import probe
-from launch.doctor.checks import Line, check_host, check_together
+from launch.doctor.checks import CheckResult, check_host, check_together
 from launch.doctor.remote_probe import question
 from launch.errors import UserError
 from launch.paths import ROOT
@@ -39,11 +39,11 @@ HEALTHY: dict[str, Any] = {
 }
 
 
-def judged(**changes: Any) -> list[Line]:
+def judged(**changes: Any) -> list[CheckResult]:
     return check_host({**copy.deepcopy(HEALTHY), **changes}, several=True, port=29500)
 
 
-def bad(lines: list[Line]) -> list[Line]:
+def bad(lines: list[CheckResult]) -> list[CheckResult]:
     return [line for line in lines if line.status != "ok"]
 
 

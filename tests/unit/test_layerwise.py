@@ -24,7 +24,7 @@ def test_blocks_go_in_runs_and_tied_ends_stay_together() -> None:
     assert untied["output"] == untied["norm"] == B
 
 
-def test_more_devices_than_blocks_are_refused() -> None:
+def test_more_devices_than_blocks_are_rejected() -> None:
     with torch.device("meta"):
         model = GPT(TIED)
     with pytest.raises(ValueError, match="6 devices are more than the model's 5 blocks"):

@@ -64,7 +64,7 @@ def test_model_parallel_ranks_share_a_batch() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_divide_is_refused(ranks: int, batch: int, micro: int, message: str) -> None:
+def test_what_does_not_divide_is_rejected(ranks: int, batch: int, micro: int, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         plan_layout(recipe(batch, micro), ranks)
 

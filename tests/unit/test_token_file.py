@@ -7,7 +7,7 @@ import pytest
 
 from launch.data import prepare as module
 from launch.data.token_file import SplitWriter, TokenFile
-from tests.unit.test_data import all_ids, make, texts_in, write_rows
+from tests.unit.test_prepare import all_ids, make, texts_in, write_rows
 
 
 def test_sequences_overlap_by_the_token_that_is_only_predicted(tmp_path: Path) -> None:

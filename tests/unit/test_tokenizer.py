@@ -90,20 +90,20 @@ def test_identity_follows_content_and_separator(tmp_path: Path) -> None:
     assert len({first, second, load_tokenizer(str(tmp_path)).identity}) == 3
 
 
-def test_no_separator_is_refused(tmp_path: Path) -> None:
+def test_no_separator_is_rejected(tmp_path: Path) -> None:
     train_tokenizer(tmp_path / "tokenizer.json", [])
     with pytest.raises(UserError, match=r"tokenizer\.json has no token that ends a document"):
         load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["{", '{"version": "1.0"}', ""])
-def test_a_broken_file_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_broken_file_is_rejected(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json is not a readable tokenizer\.json"):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_broken_config_is_refused(tmp_path: Path) -> None:
+def test_a_broken_config_is_rejected(tmp_path: Path) -> None:
     train_tokenizer(tmp_path / "tokenizer.json", ["</s>"])
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not readable"):

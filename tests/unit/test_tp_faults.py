@@ -3,7 +3,6 @@
 None of them raises anything, and most leave the loss and the logits as they are.
 """
 
-import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import attention, gpt, norms
-from models.parallel import collectives as tp_ops
-from models.parallel import tensor_parallel as tp_layers
+from models.parallel import collectives, tensor_parallel
 from models.parallel.collectives import reduce_from_group
 from models.parallel.cross_entropy import vocab_parallel_cross_entropy
 from models.parallel.tensor_parallel import RowParallelLinear, Shard
@@ -30,10 +28,10 @@ from tests.unit.tp_cases import (
     column_apart,
     gpt_apart,
     load,
+    make_tp,
     reference_gpt,
     row_apart,
     start,
-    tensor_parallel,
     tokens_and_labels,
 )
 
@@ -42,31 +40,31 @@ RIGHT, WRONG = 2e-6, 1e-3  # at most, and at least: relative to the tensor's nor
 Fault = Callable[[], AbstractContextManager[object]]
 
 
-def detached_all_reduce(x: Tensor, group: tp_ops.Group) -> Tensor:
+def detached_all_reduce(x: Tensor, group: collectives.Group) -> Tensor:
     """The sum is right, and autograd does not know where it came from."""
     summed = x.detach().clone()
     dist.all_reduce(summed, group=group)
     return summed
 
 
-def summed_twice(x: Tensor, group: tp_ops.Group) -> Tensor:
+def summed_twice(x: Tensor, group: collectives.Group) -> Tensor:
     """The backward takes the ranks' gradients for parts of a sum, and each has the whole."""
-    return tp_ops.copy_to_group(tp_ops.reduce_from_group(x, group), group)
+    return collectives.copy_to_group(collectives.reduce_from_group(x, group), group)
 
 
-def in_place_all_reduce(x: Tensor, group: tp_ops.Group) -> Tensor:
+def in_place_all_reduce(x: Tensor, group: collectives.Group) -> Tensor:
     """What tutorials write: the sum is put where autograd may have kept the summand."""
     dist.all_reduce(x, group=group)
     return x
 
 
-def not_summed(x: Tensor, group: tp_ops.Group) -> Tensor:
+def not_summed(x: Tensor, group: collectives.Group) -> Tensor:
     return x
 
 
-def gather_without_sum(x: Tensor, dim: int, group: tp_ops.Group) -> Tensor:
+def gather_without_sum(x: Tensor, dim: int, group: collectives.Group) -> Tensor:
     """A gather whose backward takes this rank's part, where it has to sum over the ranks first."""
-    return tp_ops.gather_from_group(x, dim, group)
+    return collectives.gather_from_group(x, dim, group)
 
 
 def cut_as_one(parts: int) -> AbstractContextManager[object]:
@@ -101,18 +99,11 @@ def no_mask() -> AbstractContextManager[object]:
 
 
 def words_of_padding(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, vocab: int, group: tp_ops.Group
+    logits: Tensor, labels: Tensor, weights: Tensor | None, vocab: int, group: collectives.Group
 ) -> Tensor:
     """Columns that pad the vocabulary are words like others."""
-    width = logits.shape[-1] * tp_ops.group_size(group)
+    width = logits.shape[-1] * collectives.group_size(group)
     return vocab_parallel_cross_entropy(logits, labels, weights, width, group)
-
-
-def several(*patches: AbstractContextManager[object]) -> AbstractContextManager[object]:
-    stack = contextlib.ExitStack()
-    for patch in patches:
-        stack.enter_context(patch)
-    return stack
 
 
 @dataclass(frozen=True)
@@ -130,25 +121,24 @@ ATTENTION, MLP = "blocks.0.attention", "blocks.0.mlp"
 OUTPUTS = ("loss", "logits")
 SEEDED = {
     "row-parallel all-reduce without autograd": Seeded(
-        lambda: mock.patch.object(tp_layers, "reduce_from_group", detached_all_reduce),
+        lambda: mock.patch.object(tensor_parallel, "reduce_from_group", detached_all_reduce),
         seen=(f"{ATTENTION}.qkv.weight", f"{MLP}.down.weight"),
         unseen=OUTPUTS,
     ),
     "row-parallel all-reduce summed on the way back too": Seeded(
-        lambda: mock.patch.object(tp_layers, "reduce_from_group", summed_twice),
+        lambda: mock.patch.object(tensor_parallel, "reduce_from_group", summed_twice),
         seen=(f"{ATTENTION}.qkv.weight", f"{MLP}.down.weight"),
         unseen=OUTPUTS,
     ),
     "column-parallel input not summed on the way back": Seeded(
-        lambda: mock.patch.object(tp_layers, "copy_to_group", not_summed),
+        lambda: mock.patch.object(tensor_parallel, "copy_to_group", not_summed),
         seen=("blocks.0.attention_norm.weight", "copies of blocks.0.attention_norm.weight",
               f"{ATTENTION}.qkv.weight"),
         unseen=OUTPUTS,
     ),
     "both, as in the tutorials": Seeded(
-        lambda: several(
-            mock.patch.object(tp_layers, "copy_to_group", not_summed),
-            mock.patch.object(tp_layers, "reduce_from_group", in_place_all_reduce),
+        lambda: mock.patch.multiple(
+            tensor_parallel, copy_to_group=not_summed, reduce_from_group=in_place_all_reduce
         ),
         seen=("blocks.0.attention_norm.weight", "copies of blocks.0.attention_norm.weight"),
         unseen=OUTPUTS,
@@ -177,13 +167,13 @@ SEEDED = {
         sequence_parallel=True,
     ),
     "sequence-parallel row bias not summed": Seeded(
-        lambda: mock.patch.object(tp_layers, "copy_to_group", not_summed),
+        lambda: mock.patch.object(tensor_parallel, "copy_to_group", not_summed),
         seen=(f"{ATTENTION}.out.bias", f"copies of {MLP}.down.bias"),
         unseen=(*OUTPUTS, f"{MLP}.down.weight"),
         sequence_parallel=True,
     ),
     "sequence-parallel gather without a sum": Seeded(
-        lambda: mock.patch.object(tp_layers, "all_gather", gather_without_sum),
+        lambda: mock.patch.object(tensor_parallel, "all_gather", gather_without_sum),
         seen=("norm.weight", f"{ATTENTION}.qkv.weight"),
         unseen=OUTPUTS,
         sequence_parallel=True,
@@ -214,7 +204,7 @@ def seeded_apart() -> dict[str, tuple[Distances, Distances]]:
     found = {}
     for name, seeded in SEEDED.items():
         config = FAMILIES[seeded.family]
-        tp = tensor_parallel(config, seeded.sequence_parallel)
+        tp = make_tp(config, seeded.sequence_parallel)
         wrong = gpt_apart(config, tp, fault=seeded.fault())
         found[name] = wrong, gpt_apart(config, tp, fault=nullcontext())
     return found
@@ -242,9 +232,9 @@ def layers_apart() -> dict[str, Distances]:
     """Layers by themselves, with faults."""
     group = start()
     found = {}
-    with mock.patch.object(tp_layers, "copy_to_group", not_summed):
+    with mock.patch.object(tensor_parallel, "copy_to_group", not_summed):
         found["column"] = column_apart(group, [16])
-    with mock.patch.object(tp_layers, "reduce_from_group", detached_all_reduce):
+    with mock.patch.object(tensor_parallel, "reduce_from_group", detached_all_reduce):
         found["row"] = row_apart(group)
     with mock.patch.object(RowParallelLinear, "forward", bias_everywhere):
         found["bias"] = row_apart(group)
@@ -289,7 +279,7 @@ def leak(fault: Fault) -> float:
     tokens, _ = tokens_and_labels(config.vocab)
     changed = tokens.clone()
     changed[:, 4:] = (changed[:, 4:] + 1) % config.vocab
-    model = gpt.GPT(config, tp=tensor_parallel(config))
+    model = gpt.GPT(config, tp=make_tp(config))
     load(model, reference_gpt(config))
     with fault(), torch.no_grad():
         return apart(model(changed)[:, :4], model(tokens)[:, :4])

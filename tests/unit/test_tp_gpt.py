@@ -15,10 +15,10 @@ from tests.unit.tp_cases import (
     Distances,
     gpt_apart,
     load,
+    make_tp,
     of_all_ranks,
     reference_gpt,
     start,
-    tensor_parallel,
     tokens_and_labels,
 )
 
@@ -31,7 +31,7 @@ def family_apart(family: str) -> dict[tuple[bool, bool], Distances]:
     config = FAMILIES[family]
     return {
         (sequence_parallel, checkpointed): gpt_apart(
-            config, tensor_parallel(config, sequence_parallel), checkpointed
+            config, make_tp(config, sequence_parallel), checkpointed
         )
         for sequence_parallel in SEQUENCE_PARALLEL
         for checkpointed in (False, True)
@@ -54,7 +54,7 @@ def test_loss_logits_and_gradients_equal_those_of_one_rank(family: str, ranks: i
 def widths_sent(sequence_parallel: bool) -> tuple[set[int], set[int]]:
     """The last dimensions of all that is sent in a step, and for the logits."""
     start()
-    model = GPT(LLAMA, tp=tensor_parallel(LLAMA, sequence_parallel))
+    model = GPT(LLAMA, tp=make_tp(LLAMA, sequence_parallel))
     load(model, reference_gpt(LLAMA))
     tokens, labels = tokens_and_labels(LLAMA.vocab)
     with Traffic() as step:
@@ -81,7 +81,7 @@ def first_weights() -> dict[str, bool]:
     start()
     same = {}
     for config in FAMILIES.values():
-        whole, model = GPT(config), GPT(config, tp=tensor_parallel(config))
+        whole, model = GPT(config), GPT(config, tp=make_tp(config))
         initialize(whole, 4)
         initialize(model, 4)
         for (name, expected), (_, found) in zip(
@@ -101,7 +101,7 @@ def test_ranks_draw_their_parts_of_the_first_weights_of_one(ranks: int) -> None:
 
 def outputs_on_ranks() -> tuple[Tensor, Tensor]:
     start()
-    model = GPT(LLAMA, tp=tensor_parallel(LLAMA))
+    model = GPT(LLAMA, tp=make_tp(LLAMA))
     load(model, reference_gpt(LLAMA))
     tokens, labels = tokens_and_labels(LLAMA.vocab)
     with torch.no_grad():

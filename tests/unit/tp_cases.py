@@ -165,7 +165,7 @@ def embedding_apart(group: dist.ProcessGroup, vocab: int) -> Distances:
     return {"output": apart(y, expected)} | gradients_apart(layer, plain)
 
 
-def tensor_parallel(config: GPTConfig, sequence_parallel: bool = False) -> TensorParallel:
+def make_tp(config: GPTConfig, sequence_parallel: bool = False) -> TensorParallel:
     """All ranks as one tensor group, as the model wants it."""
     size = dist.get_world_size()
     topology = Topology(Grid(tensor=size), sharing_key_values=max(1, size // config.kv_heads))

@@ -28,7 +28,7 @@ def good(tmp_path: Path) -> Path:
     return file
 
 
-def refusal(file: Path, *overrides: str) -> str:
+def rejection(file: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         load_recipe(file, overrides)
     message = str(caught.value)
@@ -108,7 +108,7 @@ def test_null_takes_a_value_back(good: Path) -> None:
         ),
         (
             "data.zzzzzz=3",
-            "unknown key data.zzzzzz; choose from: cache_dir, held_out, sequence_length",
+            "unknown key data.zzzzzz; choose from: cache_dir, document_mask, held_out",
         ),
         ("model.family=gtp", "model: Input tag 'gtp' found using 'family' does not match"),
         ("model.size=tinny", "model.size: 'tinny' is not known; did you mean 'tiny'?"),
@@ -153,7 +153,7 @@ def test_null_takes_a_value_back(good: Path) -> None:
         ),
         (
             "parallel.sequence=true",
-            "parallel.sequence: it cuts along the sequence over the tensor ranks",
+            "parallel.sequence: it shards the sequence over the tensor ranks",
         ),
         (
             "parallel.schedule=interleaved",
@@ -165,29 +165,29 @@ def test_null_takes_a_value_back(good: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_named(good: Path, override: str, expected: str) -> None:
-    assert expected in refusal(good, override)
+    assert expected in rejection(good, override)
 
 
 def test_each_refusal_names_the_file(good: Path) -> None:
-    assert refusal(good, "train.stesp=3").startswith(f"{good}: ")
-    assert refusal(good, "model.heads=5").startswith(f"{good}: ")
+    assert rejection(good, "train.stesp=3").startswith(f"{good}: ")
+    assert rejection(good, "model.heads=5").startswith(f"{good}: ")
 
 
 def test_several_mistakes_are_counted(good: Path) -> None:
-    assert refusal(good, "train.stesp=3", "train.seed=-1").endswith("(and 1 more)")
+    assert rejection(good, "train.stesp=3", "train.seed=-1").endswith("(and 1 more)")
 
 
 def test_a_missing_key_is_named(good: Path) -> None:
     good.write_text(GOOD.replace("steps: 5, ", ""))
-    assert refusal(good) == f"{good}: train.steps is missing"
+    assert rejection(good) == f"{good}: train.steps is missing"
     good.write_text(
         GOOD.replace("train: {steps: 5, global_batch_size: 4, micro_batch_size: 2}\n", "")
     )
-    assert refusal(good) == f"{good}: train is missing"
+    assert rejection(good) == f"{good}: train is missing"
 
 
 def test_a_missing_file_names_the_nearest_recipe() -> None:
-    message = refusal(Path("recipes/gpt_tiny_zero22.yaml"))
+    message = rejection(Path("recipes/gpt_tiny_zero22.yaml"))
     assert message.startswith(
         "--config: no recipe file recipes/gpt_tiny_zero22.yaml; did you mean "
     )
@@ -226,7 +226,7 @@ def test_family_hf(good: Path) -> None:
     assert isinstance(recipe.model, HFModel)
     assert recipe.model.changes == {"num_hidden_layers": 2}
     assert not recipe.model.pretrained
-    assert "unknown key model.size; choose from: changes, checkpoint_act" in refusal(
+    assert "unknown key model.size; choose from: changes, checkpoint_act" in rejection(
         good, "model.size=tiny"
     )
 

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from models import attention, gpt
 from models.gpt import GPT
-from models.parallel import rng as tp_random
-from models.parallel.rng import dropout, own_generator
+from models.parallel import rng
+from models.parallel.rng import dropout, fork_rng_per_rank
 from tests.ranks import run_ranks
 from tests.unit.tp_cases import (
     GPT2,
     load,
+    make_tp,
     of_all_ranks,
     reference_gpt,
     start,
-    tensor_parallel,
     tokens_and_labels,
 )
 
@@ -70,11 +70,11 @@ def where_the_generator_is() -> None:
     expected = torch.rand(4)
     for draws in (0, 1, 1000):  # what is drawn within does not matter
         torch.manual_seed(1)
-        with own_generator(group, CPU):
+        with fork_rng_per_rank(group, CPU):
             torch.rand(draws)
         assert torch.equal(torch.rand(4), expected), draws
     torch.manual_seed(1)
-    with pytest.raises(ZeroDivisionError), own_generator(group, CPU):
+    with pytest.raises(ZeroDivisionError), fork_rng_per_rank(group, CPU):
         raise ZeroDivisionError  # as torch's checkpoint leaves a block, once it has what it needs
     assert torch.equal(torch.rand(4), expected)
     # Nothing is drawn where there is nothing to drop, and on one rank the region is no region.
@@ -85,7 +85,7 @@ def where_the_generator_is() -> None:
     ones = torch.ones(3)
     assert dropout(ones, 0.0, True, group) is ones and dropout(ones, 0.5, False, group) is ones
     for nobody in (None, alone):
-        with own_generator(nobody, CPU):
+        with fork_rng_per_rank(nobody, CPU):
             pass
     assert torch.equal(torch.rand(4), first)
 
@@ -96,7 +96,7 @@ def test_the_shared_generator_goes_on_alike_whatever_is_drawn_within() -> None:
 
 def new_gpt(sequence_parallel: bool, checkpoint_activations: bool = False) -> GPT:
     config = replace(GPT2, dropout=DROPOUT)
-    model = GPT(config, checkpoint_activations, tensor_parallel(config, sequence_parallel))
+    model = GPT(config, checkpoint_activations, make_tp(config, sequence_parallel))
     load(model, reference_gpt(config))
     return model.train()
 
@@ -177,15 +177,15 @@ def unsaved_generator() -> AbstractContextManager[object]:
         states["own"] = torch.get_rng_state()
         torch.set_rng_state(shared)
 
-    return mock.patch.object(attention, "own_generator", own)
+    return mock.patch.object(attention, "fork_rng_per_rank", own)
 
 
 def one_mask_for_all() -> AbstractContextManager[object]:
     """Every rank draws from the shared generator."""
     stack = contextlib.ExitStack()
-    for module in (attention, tp_random):
+    for module in (attention, rng):
         stack.enter_context(
-            mock.patch.object(module, "own_generator", lambda group, device: nullcontext())
+            mock.patch.object(module, "fork_rng_per_rank", lambda group, device: nullcontext())
         )
     return stack
 

@@ -191,7 +191,7 @@ def test_ranks_end_when_the_tests_are_killed(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(
         f"import sys\nsys.path[0] = {str(ROOT)!r}\n"
-        "from tests.ranks import run_ranks\nfrom tests.unit.test_ranks import wait_for_ever\n"
+        "from tests.ranks import run_ranks\nfrom tests.unit.test_run_ranks import wait_for_ever\n"
         f"if __name__ == '__main__':\n    run_ranks(wait_for_ever, 2, {str(folder)!r})\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)

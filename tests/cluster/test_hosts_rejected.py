@@ -94,6 +94,6 @@ def test_a_host_without_mpirun_is_told(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("value", ["one\ntwo", "one\rtwo", "one\n"])
-def test_a_value_that_deepspeed_cannot_hand_over_is_refused(value: str) -> None:
+def test_a_value_that_deepspeed_cannot_hand_over_is_rejected(value: str) -> None:
     with pytest.raises(UserError, match=r"environment\.NOTE: a value of several lines"):
         escaped("NOTE", value)

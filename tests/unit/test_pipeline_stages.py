@@ -1,4 +1,4 @@
-"""Where the chain of layers is cut into stages, and that its sizes are those of the real layers."""
+"""Where the chain of layers is split into stages, and that its sizes are those of the real layers."""
 
 import json
 from dataclasses import replace
@@ -112,13 +112,13 @@ def test_a_large_vocabulary_weighs_as_it_should() -> None:
         ),
     ],
 )
-def test_bad_partitions_are_refused(partition: str, message: str) -> None:
+def test_bad_partitions_are_rejected(partition: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stage_bounds(LLAMA, 2, partition)
 
 
 @pytest.mark.parametrize("partition", ["parameters", "uniform"])
-def test_a_stage_without_parameters_is_refused(partition: str) -> None:
+def test_a_stage_without_parameters_is_rejected(partition: str) -> None:
     with pytest.raises(ValueError, match=r"stage \d+ of 9 would have nothing to train"):
         stage_bounds(TINY, 9, partition)  # its chain has 8 layers
     with pytest.raises(ValueError, match="nothing to train"):

@@ -1,4 +1,4 @@
-"""models/config.py: sizes, the parameter count and the FLOPs that follow, and refusals."""
+"""models/config.py: sizes, the parameter count and the FLOPs that follow, and rejections."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_flops_by_hand() -> None:
         ({"dropout": 1.0}, r"dropout is 1.0; it must lie in \[0, 1\)"),
     ],
 )
-def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_contradictions_are_rejected(changes: dict[str, Any], message: str) -> None:
     sizes = {"layers": 2, "hidden": 8, "heads": 2, "vocab": 10, "context": 4}
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{**sizes, **changes})

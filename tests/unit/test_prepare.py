@@ -195,14 +195,14 @@ def test_a_failed_source_leaves_nothing(tmp_path: Path) -> None:
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_a_cache_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_cache_folder_that_is_a_file_is_rejected(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "x.jsonl", ["a", "b"])
     (tmp_path / "cache").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir: cannot use .*cache"):
         make(tmp_path, source)
 
 
-def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_text_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no text in"):
         make(tmp_path, write_rows(tmp_path / "x.jsonl", ["", ""]))
     (tmp_path / "empty.txt").write_text("")

@@ -120,7 +120,7 @@ def test_stdlib_files_in_another_encoding_are_left_out(
         read(tmp_path, "python-stdlib")
 
 
-REFUSED = {
+REJECTED = {
     "missing_path": (["none.txt"], {}, r"there is no file or folder '.*none\.txt'"),
     "missing_folder": (["no/such/folder"], {}, "there is no file or folder"),
     "missing_in_glob": (["*.none"], {}, "no file matches"),
@@ -143,8 +143,8 @@ REFUSED = {
 
 
 @both
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(tmp_path: Path, case: str, streaming: bool) -> None:
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejected(tmp_path: Path, case: str, streaming: bool) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "x.docx").write_text("x")
@@ -157,7 +157,7 @@ def test_refused(tmp_path: Path, case: str, streaming: bool) -> None:
     good = Path(write_parquet(tmp_path / "good.parquet", {"text": ["a" * 99], "number": [1]}))
     content = good.read_bytes()
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1" + b"\xff" * 60 + content[64:])
-    names, settings, message = REFUSED[case]
+    names, settings, message = REJECTED[case]
     with pytest.raises(UserError, match=message) as caught:
         read(tmp_path, [str(tmp_path / name) for name in names], streaming=streaming, **settings)
     assert "\n" not in str(caught.value)
@@ -177,7 +177,7 @@ def test_a_full_disk_stays_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monke
             read(tmp_path, source)
 
 
-def test_an_empty_list_is_refused(tmp_path: Path) -> None:
+def test_an_empty_list_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the list is empty"):
         read(tmp_path, [])
 

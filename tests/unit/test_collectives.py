@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.parallel import collectives as tp_ops
+from models.parallel import collectives
 from models.parallel.cross_entropy import vocab_parallel_cross_entropy
 from tests.collectives import Traffic
 from tests.ranks import run_ranks
@@ -38,32 +38,32 @@ def total(parts: list[Tensor]) -> Tensor:
 
 OPS = {
     "copy_to_group": Op(
-        lambda x, dim, group: tp_ops.copy_to_group(x, group),
+        lambda x, dim, group: collectives.copy_to_group(x, group),
         lambda parts, dim: parts,
         shared_input=True, shared_output=False,
     ),
     "reduce_from_group": Op(
-        lambda x, dim, group: tp_ops.reduce_from_group(x, group),
+        lambda x, dim, group: collectives.reduce_from_group(x, group),
         lambda parts, dim: [total(parts)] * len(parts),
         shared_input=False, shared_output=True,
     ),
     "scatter_to_group": Op(
-        tp_ops.scatter_to_group,
+        collectives.scatter_to_group,
         lambda parts, dim: list(parts[0].chunk(len(parts), dim)),
         shared_input=True, shared_output=False,
     ),
     "gather_from_group": Op(
-        tp_ops.gather_from_group,
+        collectives.gather_from_group,
         lambda parts, dim: [torch.cat(parts, dim)] * len(parts),
         shared_input=False, shared_output=True,
     ),
     "all_gather": Op(
-        tp_ops.all_gather,
+        collectives.all_gather,
         lambda parts, dim: [torch.cat(parts, dim)] * len(parts),
         shared_input=False, shared_output=False,
     ),
     "reduce_scatter": Op(
-        tp_ops.reduce_scatter,
+        collectives.reduce_scatter,
         lambda parts, dim: list(total(parts).chunk(len(parts), dim)),
         shared_input=False, shared_output=False,
     ),

@@ -1,4 +1,4 @@
-"""The layers cut over ranks: outputs and every gradient are those of torch's own layers."""
+"""The layers sharded over ranks: outputs and every gradient are those of torch's own layers."""
 
 import random
 from typing import Any
@@ -95,7 +95,7 @@ def marks_and_errors() -> None:
         after(torch.ones(1, 3, 2))  # 3 tokens over 2 ranks
 
 
-def test_cut_parameters_are_marked_and_bad_sizes_refused() -> None:
+def test_cut_parameters_are_marked_and_bad_sizes_rejected() -> None:
     run_ranks(marks_and_errors, 2)
 
 

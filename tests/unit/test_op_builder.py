@@ -18,7 +18,7 @@ from launch.deepspeed_patches.jit_lock import is_held, wait_for_lock_owner
 from launch.deepspeed_patches.startup import skip_shared_memory_op
 from launch.errors import UserError
 from launch.paths import ROOT
-from launch.runtime import op_builder as jit
+from launch.runtime import op_builder
 from tests.ranks import run_ranks
 
 # A stand-in for one of DeepSpeed's ops that compiles in seconds: a builder of DeepSpeed's own kind,
@@ -51,9 +51,9 @@ def build_tiny(cache: str, source: str) -> list[str]:
             return ["-O0"]
 
     get_accelerator().create_op_builder = lambda name: TinyBuilder()
-    jit.OPS["tiny_op"] = jit.OPS["cpu_adam"]
+    op_builder.OPS["tiny_op"] = op_builder.OPS["cpu_adam"]
     said: list[str] = []
-    jit.build_ops(["tiny_op"], said.append)
+    op_builder.build_ops(["tiny_op"], said.append)
     assert TinyBuilder().load().__name__ == "tiny_op"
     return said
 
@@ -110,7 +110,7 @@ def test_a_lock_that_somebody_holds_is_waited_for(cache: Path, source: str) -> N
 
 def test_a_build_for_another_machine_is_done_again(cache: Path, source: str) -> None:
     run_ranks(build_tiny, 1, str(cache), source)
-    (cache / "tiny_op" / jit.STAMP).write_text("torch 1.0")
+    (cache / "tiny_op" / op_builder.STAMP).write_text("torch 1.0")
     assert run_ranks(build_tiny, 1, str(cache), source) == [[BUILDS]]
 
 
@@ -126,7 +126,7 @@ def test_a_start_after_a_kill_in_mid_build_recovers(
     code = textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.unit.test_jit import build_tiny
+        from tests.unit.test_op_builder import build_tiny
         build_tiny({str(cache)!r}, {source!r})
     """)
     build = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "CXX": str(compiler)})
@@ -158,7 +158,7 @@ def test_a_failed_build_names_its_log(cache: Path, source: str) -> None:
 
 def build_real(cache: str) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = cache
-    jit.build_ops(["cpu_adam"], print)
+    op_builder.build_ops(["cpu_adam"], print)
 
 
 def test_a_missing_compiler_is_named(cache: Path) -> None:
@@ -192,7 +192,7 @@ def check_async_io(cache: str) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = cache
     from deepspeed.accelerator import get_accelerator
 
-    jit._check_tools(get_accelerator().create_op_builder("AsyncIOBuilder"), "async_io")
+    op_builder._check_tools(get_accelerator().create_op_builder("AsyncIOBuilder"), "async_io")
 
 
 def test_missing_libaio_is_named(cache: Path) -> None:
@@ -206,7 +206,7 @@ def load_real_ops() -> tuple[float, bool]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    jit.build_ops(["cpu_adam", "async_io"], print)
+    op_builder.build_ops(["cpu_adam", "async_io"], print)
     parameter = torch.nn.Parameter(torch.ones(4))
     parameter.grad = torch.ones(4)
     DeepSpeedCPUAdam([parameter], lr=0.5, weight_decay=0.0).step()
@@ -243,7 +243,7 @@ def test_ops_needed_by_each_config(path: Path) -> None:
         expected.append("cpu_adam" if "offload" in path.stem else "fused_adam")
     if "nvme" in path.stem:
         expected.append("async_io")
-    assert jit.ops_needed(config) == expected
+    assert op_builder.ops_needed(config) == expected
 
 
 ADAM = {"type": "AdamW", "params": {}}
@@ -274,12 +274,12 @@ NVME = {"device": "nvme", "nvme_path": "/tmp"}
     ],
 )
 def test_ops_needed(config: dict[str, object], expected: list[str]) -> None:
-    assert jit.ops_needed(config) == expected
+    assert op_builder.ops_needed(config) == expected
 
 
 def test_the_cache_is_ours_unless_the_user_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
-    assert jit.use_private_cache().is_relative_to(ROOT / ".cache")
-    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(jit.use_private_cache())
+    assert op_builder.use_private_cache().is_relative_to(ROOT / ".cache")
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(op_builder.use_private_cache())
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
-    assert jit.use_private_cache() == Path("/somewhere")
+    assert op_builder.use_private_cache() == Path("/somewhere")

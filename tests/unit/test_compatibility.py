@@ -1,4 +1,4 @@
-"""What does not compose is refused in words, with the nearest layout that does."""
+"""What does not compose is rejected in words, with the nearest layout that does."""
 
 import re
 
@@ -21,7 +21,7 @@ def read(stem: str, *overrides: str, ranks: int = 4) -> dict[str, object]:
     return resolve(recipe, plan_layout(recipe, ranks))
 
 
-REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
+REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "pipeline with ZeRO-2": (
         "zero2", (PIPELINE,), r"parallel.pipeline: .* stage 2: .* use deepspeed.config=ds_configs/zero1",
     ),
@@ -42,7 +42,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "messages cut twice": (
         "zero1", (PIPELINE, TENSOR, SEQUENCE, "deepspeed.pipeline.pipe_partitioned=true"),
-        r"pipeline.pipe_partitioned: with parallel.sequence, .* cut over the tensor ranks already",
+        r"pipeline.pipe_partitioned: with parallel.sequence, .* sharded over the tensor ranks already",
     ),
     "DeepSpeed's own recomputation": (
         "zero1", (PIPELINE, "deepspeed.pipeline.activation_checkpoint_interval=1"),
@@ -81,9 +81,9 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_it_is_refused_in_one_line(case: str) -> None:
-    stem, overrides, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_it_is_rejected_in_one_line(case: str) -> None:
+    stem, overrides, message = REJECTED[case]
     with pytest.raises(UserError) as caught:
         read(stem, *overrides)
     assert "\n" not in str(caught.value)
