@@ -34,7 +34,8 @@ PRELOAD = [
 ]  # fmt: skip
 # Two ranks with a thread a core each would fight over the cores of a small machine.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-DUMP_SECONDS = 1.0  # what hung ranks get to write down where they are
+# What hung ranks get to begin writing down where they are, and then to end it.
+DUMP_BEGINS_SECONDS, DUMP_SECONDS = 20.0, 1.0
 OUTPUT_TAIL = 4000  # characters of a failed rank's output that go into the message
 
 
@@ -64,6 +65,10 @@ class _Rank:
     def printed(self) -> str:
         """What the rank wrote to stdout and stderr."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def has_dumped(self) -> bool:
+        """Whether the rank has begun to write where it is."""
+        return self.dump.exists() and self.dump.stat().st_size > 0
 
     def kill(self) -> None:
         """End the process and whatever it started, and wait until it is gone."""
@@ -175,6 +180,9 @@ def _where_they_hang(hung: list[_Rank], timeout: float) -> str:
     for item in hung:
         with contextlib.suppress(ProcessLookupError):
             os.kill(item.process.pid or 0, signal.SIGUSR1)
+    deadline = time.monotonic() + DUMP_BEGINS_SECONDS
+    while time.monotonic() < deadline and not all(item.has_dumped() for item in hung):
+        time.sleep(0.05)
     time.sleep(DUMP_SECONDS)
     lines = [f"no answer after {timeout:g} s from rank {', '.join(str(i.rank) for i in hung)}"]
     for item in hung:

@@ -2,11 +2,14 @@
 
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from launch.paths import ROOT
+from tests.ranks import run_ranks
 from tests.resume.runs import write_text
 
 GONE_WITHIN_SECONDS = 300.0
@@ -141,6 +145,36 @@ def train(
 ) -> Ended:
     """Run launch/train.py with `--set` for each of `sets`; `ranks` 0: without a launcher."""
     return run(train_command(recipe, *sets, ranks=ranks, resume=resume), env, cwd)
+
+
+def train_forked(recipe: Path, *sets: str) -> Ended:
+    """`train` without a launcher, for less: forked off what has imported torch and DeepSpeed."""
+    _, entry, *words = (str(part) for part in train_command(recipe, *sets))
+    return Ended(*run_ranks(_run_entry, 1, entry, words)[0])
+
+
+def _run_entry(entry: str, words: list[str]) -> tuple[int, str]:
+    """Run in a rank: the entry as a script in a process of its own, whose end is a command's."""
+    with tempfile.TemporaryFile() as output:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                for name in OF_A_RANK:
+                    os.environ.pop(name, None)
+                sys.argv = [entry, *words]
+                runpy.run_path(entry, run_name="__main__")
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(status), output.read().decode(errors="replace")
 
 
 def train_command(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.paths import ROOT
-from tests.cli.commands import Ended, run, train, train_command, write_recipe
+from tests.cli.commands import Ended, run, train, train_command, train_forked, write_recipe
 
 CONFIG = "deepspeed.config"
 
@@ -106,7 +106,7 @@ OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", OVERRIDES)
 def test_an_override_is_rejected(case: str, recipe: Path) -> None:
     sets, words = OVERRIDES[case]
-    rejected(train(recipe, *sets), *words)
+    rejected(train_forked(recipe, *sets), *words)
 
 
 def _text(text: str) -> Callable[[Path], Path]:
@@ -139,7 +139,7 @@ RECIPES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", RECIPES)
 def test_a_recipe_is_rejected(case: str, tmp_path: Path) -> None:
     write, words = RECIPES[case]
-    rejected(train(write(tmp_path)), *words)
+    rejected(train_forked(write(tmp_path)), *words)
 
 
 GOOD_JSON = '{"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}'
@@ -159,7 +159,7 @@ def test_a_json_is_rejected(case: str, recipe: Path, tmp_path: Path) -> None:
     text, words = JSONS[case]
     file = tmp_path / "broken.json"
     file.write_text(text)
-    rejected(train(recipe, f"{CONFIG}={file}"), *words)
+    rejected(train_forked(recipe, f"{CONFIG}={file}"), *words)
 
 
 TEXTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
@@ -178,7 +178,7 @@ def test_a_text_is_rejected(case: str, recipe: Path, tmp_path: Path) -> None:
     folder.mkdir()
     if text is not None:
         (folder / name).write_text(text)
-    rejected(train(recipe, f"data.source={folder / name}"), *words)
+    rejected(train_forked(recipe, f"data.source={folder / name}"), *words)
 
 
 def test_a_tracker_that_is_not_installed_is_rejected(recipe: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_transformers_model_is_rejected(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     path = path.replace("FOLDER", str(tmp_path))
     recipe = write_recipe(tmp_path, f"{{family: hf, path: {path}, changes: {changes}}}")
-    rejected(train(recipe), *words)
+    rejected(train_forked(recipe), *words)
 
 
 def test_a_port_in_use_is_rejected(recipe: Path) -> None:

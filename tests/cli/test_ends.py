@@ -85,7 +85,7 @@ def _stop_at(folder: Path, step: int) -> Path:
         "            def slow(*arguments):\n"
         f"                if next(count) == {step}:\n"
         "                    import os, time\n"
-        "                    time.sleep(60 if os.environ['RANK'] == '1' else 0)\n"
+        "                    time.sleep(3600 if os.environ['RANK'] == '1' else 0)\n"
         "                return step(*arguments)\n"
         "            module.train_step = slow\n"
         "        spec.loader.exec_module = exec_module\n"

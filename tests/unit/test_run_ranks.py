@@ -11,6 +11,7 @@ import pytest
 
 from launch.errors import UserError
 from launch.paths import ROOT
+from tests import ranks
 from tests.ranks import RankDiedError, RanksTimeoutError, run_ranks
 
 
@@ -145,7 +146,18 @@ def hang_in_rank_zero(folder: str) -> None:
         time.sleep(600)
 
 
-def test_a_hung_rank_is_named_with_its_stack_and_ended(tmp_path: Path) -> None:
+def test_a_hung_rank_is_named_with_its_stack_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = ranks._collect
+
+    def once_they_hang(started: list[ranks._Rank], timeout: float) -> None:
+        """The seconds count from here: a slow machine is no hang."""
+        while "about to sleep" not in started[0].printed() or not started[1].pipe.poll():
+            time.sleep(0.01)
+        collect(started, timeout)
+
+    monkeypatch.setattr(ranks, "_collect", once_they_hang)
     with pytest.raises(RanksTimeoutError) as caught:
         run_ranks(hang_in_rank_zero, 2, str(tmp_path), timeout=3.0)
     message = str(caught.value)

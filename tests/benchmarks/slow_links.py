@@ -1,9 +1,11 @@
 """What a slow link between two hosts costs each layout, measured: bytes sent and seconds per step.
 
-    python -m tests.cluster.slow_links            (as root; some five minutes)
+    python -m tests.benchmarks.slow_links            (as root; some five minutes)
 
-Prints a markdown table. One rank a host, on this machine's CPU in fp32, over gloo and TCP; the link
-between the two virtual hosts is as slow as `tc` makes it.
+A benchmark, which pytest does not collect: it prints the table of recipes/BENCHMARKS.md. It needs the
+virtual hosts of `tests/cluster`, whose test_slow_links.py checks the bytes. One rank a host, on this
+machine's CPU in fp32, over gloo and TCP; the link between the two virtual hosts is as slow as `tc`
+makes it.
 """
 
 import base64

@@ -1,0 +1,105 @@
+"""What `make test` leaves to `make test-all` are further cases: each kind keeps one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from launch.paths import ROOT
+from models.pipeline_schedules import SCHEDULES
+from tests.cluster import test_hosts, test_slow_links, test_slurm
+from tests.cluster.jobs import LAUNCHERS
+from tests.parity import (
+    test_copies,
+    test_evaluation,
+    test_faults,
+    test_fp16,
+    test_layouts,
+    test_parallel_faults,
+    test_zero,
+)
+from tests.parity.kinds import KINDS, SEQUENCE, axes_of
+from tests.recipes import test_recipes
+from tests.resume import test_exact
+from tests.selection import MATRIX, chosen_cases, representatives
+
+TINY = {file.stem.removeprefix("gpt_tiny_") for file in (ROOT / "recipes").glob("gpt_tiny_*.yaml")}
+STAGES = {"zero0", "zero1", "zero2", "zero3"}
+PRECISIONS = {"fp32", "bf16"}
+AXES = {"parallel.tensor", "parallel.pipeline"}
+
+
+def firsts(test: Callable[..., Any]) -> list[Any]:
+    """The first value of each case that `make test` runs; some cases are left to `make test-all`."""
+    chosen = [values[0] for values in chosen_cases(test)]
+    (mark,) = [mark for mark in vars(test)["pytestmark"] if mark.name == "parametrize"]
+    assert 0 < len(chosen) < len(mark.args[1])
+    return chosen
+
+
+def test_a_case_without_a_kind_of_its_own_is_left_out() -> None:
+    cases = representatives(["ab", "ac", "b", "bcd"], set, cost=lambda case: len(case) ** 0.5)
+    left = {case.values[0]: [mark.name for mark in case.marks] for case in cases}
+    assert left == {"ab": [], "ac": [MATRIX], "b": [MATRIX], "bcd": []}
+
+
+def test_every_tiny_recipe_is_trained_and_compared() -> None:
+    trained = {file.stem.removeprefix("gpt_tiny_") for file in firsts(FILE_TEST)}
+    assert trained >= TINY
+    compared = {case.stem for test in LAYOUT_TESTS for case in firsts(test)}
+    assert compared >= TINY
+
+
+FILE_TEST = test_recipes.test_it_trains_in_its_own_layout
+LAYOUT_TESTS = (test_zero.test_layout_equals_one_device, test_layouts.test_layout_equals_one_device)
+
+
+def test_every_stage_is_compared_in_each_precision() -> None:
+    found = {(c.stem, c.precision) for c in firsts(LAYOUT_TESTS[0]) if c.ranks > 1}
+    stems = {stem for stem in TINY if stem.startswith("zero")}
+    assert found == {(stem, precision) for stem in stems for precision in PRECISIONS}
+    assert {c.stem for c in firsts(test_fp16.test_layout_equals_one_device)} == STAGES - {"zero0"}
+
+
+def test_every_axis_and_schedule_is_compared() -> None:
+    cases = firsts(LAYOUT_TESTS[1])
+    found = {frozenset(axes_of(case) & AXES) for case in cases}
+    assert found >= {frozenset({axis}) for axis in AXES} | {frozenset(AXES)}
+    overrides = {override for case in cases for override in case.overrides}
+    assert any(SEQUENCE.lower() == override.lower() for override in overrides)
+    others = {name for name in SCHEDULES if f"parallel.schedule={name}" not in overrides}
+    assert others == {"1f1b"}, "which is what a case has that names none"
+    for test in (
+        test_copies.test_copies_are_equal_to_the_bit,
+        test_evaluation.test_evaluation_is_that_of_one_device_and_leaves_no_trace,
+    ):
+        kinds = {kind.rpartition("-")[0] or kind for kind in firsts(test)}
+        reached = {axis for kind in kinds for axis in axes_of(KINDS[kind]) - PRECISIONS}
+        assert reached == {axis for case in KINDS.values() for axis in axes_of(case) - PRECISIONS}
+
+
+@pytest.mark.parametrize("module", [test_faults, test_parallel_faults])
+def test_every_fault_is_seeded(module: Any) -> None:
+    seeded = {fault.__name__ for fault in firsts(module.test_fault_is_caught)}
+    assert seeded == {fault.__name__ for fault, *_ in module.FAULTS}
+
+
+def test_every_kind_of_layout_is_killed_and_resumed() -> None:
+    layouts = firsts(test_exact.test_a_killed_run_ends_like_one_never_killed)
+    for part in (
+        *("stage 0", "stage 1", "stage 2", "stage 3", "fp32", "bf16", "optimizer on the CPU"),
+        *("all on the CPU", "all on a disk", "tensor 2", "pipeline 2", "sequence", "gpipe"),
+    ):
+        assert any(part in layout for layout in layouts), part
+
+
+def test_every_launcher_and_every_way_to_end_is_tried_on_clusters() -> None:
+    tests = [
+        test for name, test in vars(test_hosts).items()
+        if name.startswith("test_") and any(m.args[0] == "kind" for m in vars(test).get("pytestmark", ()))
+    ]  # fmt: skip
+    assert len(tests) == 4
+    assert {kind for test in tests for kind in firsts(test)} == set(LAUNCHERS)
+    assert len(firsts(test_slurm.test_two_nodes_train_what_one_host_trains)) == 1
+    sent = firsts(test_slow_links.test_a_step_sends_what_the_tables_of_traffic_say)
+    assert sent == ["ZeRO-1", "pipeline 2"]
