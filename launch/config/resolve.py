@@ -14,7 +14,7 @@ from launch.config.schema import Recipe
 from launch.ds_json.finding import Finding
 from launch.ds_json.linter import lint
 from launch.ds_json.strict_json import load_json
-from launch.ds_json.view import block, zero_block
+from launch.ds_json.view import block, zero_block, zero_stage
 from launch.errors import UserError
 from launch.paths import ROOT
 
@@ -61,7 +61,7 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         rest = f" (and {more} more)" if more > 0 else ""
         raise UserError(" | ".join(lines[:_SHOWN_ERRORS]) + rest)
     zero = zero_block(config)
-    if recipe.train.compile and zero.get("stage") == 3:
+    if recipe.train.compile and zero_stage(config) == 3:
         # DeepSpeed's own F.linear is on by default; see `check_composition`.
         config["zero_optimization"] = {**zero, "memory_efficient_linear": False}
     if layout.grid["pipeline"] > 1 and recipe.parallel.sequence:

@@ -37,7 +37,7 @@ class Facts:
             return None
         try:
             stage = int(zero.get("stage", 0))
-        except ValueError:  # "auto", which Accelerate alone fills in
+        except (TypeError, ValueError):  # "auto", which Accelerate alone fills in; null; a list
             stage = 0
         precision = "fp32"
         for name, block in (("fp16", fp16), ("bf16", bf16)):
@@ -87,8 +87,14 @@ def zero_block(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for."""
-    return int(zero_block(ds_config).get("stage", 0))
+    """The ZeRO stage that a DeepSpeed configuration asks for, also as "3" or 3.0.
+
+    0 where it is no number: the linter tells.
+    """
+    try:
+        return int(zero_block(ds_config).get("stage", 0))
+    except (TypeError, ValueError):
+        return 0
 
 
 def offload_device(ds_config: dict[str, Any], name: str) -> str:
@@ -112,7 +118,7 @@ def training_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
     """The dtype of forward and backward that a DeepSpeed configuration asks for."""
     import torch
 
-    if is_enabled(ds_config, "bf16"):
+    if is_enabled(ds_config, "bf16") or is_enabled(ds_config, "bfloat16"):  # its older name
         return torch.bfloat16
     if is_enabled(ds_config, "fp16"):
         return torch.float16

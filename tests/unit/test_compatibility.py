@@ -48,6 +48,10 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero1", (PIPELINE, "deepspeed.pipeline.activation_checkpoint_interval=1"),
         r"pipeline.activation_checkpoint_interval: use model.checkpoint_activations",
     ),
+    "a stage in quotes": (
+        "zero1", (PIPELINE, "deepspeed.zero_optimization.stage='3'"), r"parallel.pipeline: .* stage 3",
+    ),
+    "a stage that is null": ("zero1", ("deepspeed.zero_optimization.stage=[3]",), r"stage"),
     "AutoTP beside our own": (
         "zero1", (TENSOR, "deepspeed.tensor_parallel.autotp_size=2"), r"tensor_parallel: .* take the",
     ),
