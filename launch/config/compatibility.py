@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from launch.ds_json.view import block, is_enabled, zero_block
 from launch.errors import UserError
 from models.config import GPTConfig
 
@@ -88,7 +89,7 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
     Raises:
         UserError: naming the key, the reason and the nearest layout.
     """
-    zero = _block(config, "zero_optimization")
+    zero = zero_block(config)
     if zero.get("stage", 0) == 3 and recipe.train.compile:
         _check_compiled_zero3(recipe, zero)
     if layout.grid["tensor"] > 1:
@@ -110,18 +111,12 @@ def _check_compiled_zero3(recipe: "Recipe", zero: dict[str, Any]) -> None:
         )
 
 
-def _block(config: dict[str, Any], name: str) -> dict[str, Any]:
-    # The linter, which comes after, tells of a block that is no mapping.
-    block = config.get(name)
-    return block if isinstance(block, dict) else {}
-
-
 def _check_tensor(config: dict[str, Any]) -> None:
     if "tensor_parallel" in config:
         raise UserError(
             "tensor_parallel: the recipe's parallel.tensor decides it; take the block out of the JSON"
         )
-    zero = _block(config, "zero_optimization")
+    zero = zero_block(config)
     for key, without in (("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False)):
         if zero.get(key, without) != without:
             raise UserError(
@@ -133,20 +128,20 @@ def _check_tensor(config: dict[str, Any]) -> None:
 def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") -> None:
     from models.pipeline_stages import stage_bounds
 
-    stage = _block(config, "zero_optimization").get("stage", 0)
+    stage = zero_block(config).get("stage", 0)
     if stage in (2, 3):
         raise UserError(
             f"parallel.pipeline: DeepSpeed runs a pipeline with ZeRO-0 or 1, and this is stage {stage}: "
             "gradients have to be whole until all micro batches are through; use "
             f"deepspeed.config=ds_configs/zero1.json, or parallel.pipeline=1"
         )
-    low = next((n for n in ("bf16", "fp16") if _block(config, n).get("enabled")), None)
+    low = next((n for n in ("bf16", "fp16") if is_enabled(config, n)), None)
     if stage == 0 and low:
         raise UserError(
             f"{low}.enabled: a pipeline at ZeRO stage 0 would add up gradients in {low}; use "
             "deepspeed.config=ds_configs/zero1.json, or torch_autocast"
         )
-    settings = _block(config, "pipeline")
+    settings = block(config, "pipeline")
     if settings.get("activation_checkpoint_interval"):
         raise UserError(
             "pipeline.activation_checkpoint_interval: use model.checkpoint_activations, which does it "

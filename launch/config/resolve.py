@@ -14,6 +14,7 @@ from launch.config.schema import Recipe
 from launch.ds_json.finding import Finding
 from launch.ds_json.linter import lint
 from launch.ds_json.strict_json import load_json
+from launch.ds_json.view import block, zero_block
 from launch.errors import UserError
 from launch.paths import ROOT
 
@@ -53,22 +54,21 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     config["train_batch_size"] = layout.global_batch
     config["steps_per_print"] = _NEVER_PRINT
     check_composition(recipe, config, layout)
-    zero = config.get("zero_optimization")
-    if recipe.train.compile and isinstance(zero, dict) and zero.get("stage") == 3:
-        # DeepSpeed's own F.linear is on by default; see `check_composition`.
-        config["zero_optimization"] = {**zero, "memory_efficient_linear": False}
-    stages = config.get("pipeline", {})
-    if layout.grid["pipeline"] > 1 and recipe.parallel.sequence and isinstance(stages, dict):
-        # DeepSpeed cuts what tensor ranks send to the next stage; here it is cut already.
-        config["pipeline"] = {
-            **stages, "pipe_partitioned": False, "grad_partitioned": False
-        }  # fmt: skip
     errors = [finding for finding in _lint(config, layout) if finding.level == "error"]
     if errors:
         lines = [_with_place(finding, path, recipe.name, overrides) for finding in errors]
         more = len(lines) - _SHOWN_ERRORS
         rest = f" (and {more} more)" if more > 0 else ""
         raise UserError(" | ".join(lines[:_SHOWN_ERRORS]) + rest)
+    zero = zero_block(config)
+    if recipe.train.compile and zero.get("stage") == 3:
+        # DeepSpeed's own F.linear is on by default; see `check_composition`.
+        config["zero_optimization"] = {**zero, "memory_efficient_linear": False}
+    if layout.grid["pipeline"] > 1 and recipe.parallel.sequence:
+        # DeepSpeed would partition what tensor ranks send to the next stage; here it is sharded already.
+        config["pipeline"] = {
+            **block(config, "pipeline"), "pipe_partitioned": False, "grad_partitioned": False
+        }  # fmt: skip
     # What DeepSpeed takes for granted; the run folder's copy should say it.
     config.setdefault("gradient_clipping", 1.0)
     if recipe.model.family == "hf" and layout.grid["tensor"] > 1:

@@ -70,18 +70,51 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 
 
+def block(ds_config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A block of a DeepSpeed configuration; empty where it is absent, or no mapping (the linter tells)."""
+    found = ds_config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def is_enabled(ds_config: dict[str, Any], name: str) -> bool:
+    """Whether a block such as `bf16`, `fp16` or `torch_autocast` is there and enabled."""
+    return bool(block(ds_config, name).get("enabled", False))
+
+
+def zero_block(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of ZeRO."""
+    return block(ds_config, "zero_optimization")
+
+
 def zero_stage(ds_config: dict[str, Any]) -> int:
     """The ZeRO stage that a DeepSpeed configuration asks for."""
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+    return int(zero_block(ds_config).get("stage", 0))
+
+
+def offload_device(ds_config: dict[str, Any], name: str) -> str:
+    """Where `offload_optimizer` or `offload_param` puts things: "none", "cpu" or "nvme"."""
+    return str(block(zero_block(ds_config), name).get("device", "none"))
+
+
+def optimizer_block(ds_config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The optimizer's type as it is written, empty where there is none, and its parameters."""
+    found = block(ds_config, "optimizer")
+    return str(found.get("type", "")), block(found, "params")
+
+
+def accumulation_dtype(ds_config: dict[str, Any]) -> str | None:
+    """The dtype that gradients are accumulated in, as it is written; None: the model's own."""
+    name: str | None = block(ds_config, "data_types").get("grad_accum_dtype")
+    return name
 
 
 def training_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
     """The dtype of forward and backward that a DeepSpeed configuration asks for."""
     import torch
 
-    if ds_config.get("bf16", {}).get("enabled", False):
+    if is_enabled(ds_config, "bf16"):
         return torch.bfloat16
-    if ds_config.get("fp16", {}).get("enabled", False):
+    if is_enabled(ds_config, "fp16"):
         return torch.float16
     return torch.float32
 
@@ -90,8 +123,9 @@ def compute_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
     """The dtype of the matrix products: as `training_dtype`, or what torch_autocast does them in."""
     import torch
 
-    autocast = ds_config.get("torch_autocast") or {}
-    if autocast.get("enabled"):
-        name = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
+    if is_enabled(ds_config, "torch_autocast"):
+        name = str(block(ds_config, "torch_autocast").get("dtype", "bfloat16")).removeprefix(
+            "torch."
+        )
         return torch.float16 if name in ("float16", "fp16", "half") else torch.bfloat16
     return training_dtype(ds_config)

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from launch.checkpoint.full_weights import canonical_names
 from launch.config.schema import Train
 from launch.data.batch import Batch, MicroBatch
-from launch.ds_json.view import compute_dtype, training_dtype
+from launch.ds_json.view import (
+    block,
+    compute_dtype,
+    is_enabled,
+    optimizer_block,
+    training_dtype,
+)
 from launch.training.lr_schedule import learning_rate_factor
 from launch.training.optimizer import parameter_groups
 from launch.training.train_step import StepResult
@@ -50,12 +56,12 @@ class Reference:
         self.clip = float(ds_config["gradient_clipping"])
         self.mixed = training_dtype(ds_config) is not torch.float32
         half = training_dtype(ds_config) is torch.float16
-        self.loss_scale = float(ds_config["fp16"]["loss_scale"]) if half else 1.0
+        self.loss_scale = float(block(ds_config, "fp16")["loss_scale"]) if half else 1.0
         self.weights = list(model.parameters())
         self.autocast = torch.autocast(
             self.weights[0].device.type,
             compute_dtype(ds_config),
-            enabled=bool((ds_config.get("torch_autocast") or {}).get("enabled")),
+            enabled=is_enabled(ds_config, "torch_autocast"),
         )
         self.masters = (
             [nn.Parameter(w.detach().float()) for w in self.weights] if self.mixed else self.weights
@@ -64,9 +70,9 @@ class Reference:
         master_of = dict(zip(self.weights, self.masters, strict=True))
         for group in groups:
             group["params"] = [master_of[weight] for weight in group["params"]]
-        settings = ds_config["optimizer"]["params"]
+        kind, settings = optimizer_block(ds_config)
         self.learning_rate = float(settings["lr"])
-        self.optimizer = OPTIMIZERS[ds_config["optimizer"]["type"].lower()](groups, settings)
+        self.optimizer = OPTIMIZERS[kind.lower()](groups, settings)
 
     def compile(self) -> None:
         """Compile the forward pass, loss included, and the backward pass."""

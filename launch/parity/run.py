@@ -54,28 +54,27 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
     """
     import torch
 
-    from launch.ds_json.view import compute_dtype
+    from launch.ds_json.view import block, compute_dtype, is_enabled, optimizer_block
     from launch.parity.reference import OPTIMIZERS
 
-    fixed_scale = (ds_config.get("fp16") or {}).get("loss_scale", 0)
+    fixed_scale = block(ds_config, "fp16").get("loss_scale", 0)
     if compute_dtype(ds_config) is torch.float16 and not fixed_scale:
         other = (
             "compare in another precision: --set deepspeed.torch_autocast.dtype=bfloat16"
-            if (ds_config.get("torch_autocast") or {}).get("enabled")
+            if is_enabled(ds_config, "torch_autocast")
             else "use --set deepspeed.fp16.loss_scale=1024"
         )
         raise UserError(
             "fp16.loss_scale: a changing loss scale skips the first steps, so that there is nothing to "
             f"compare step by step; {other}"
         )
-    optimizer = ds_config.get("optimizer") or {}
-    kind = str(optimizer.get("type", ""))
+    kind, settings = optimizer_block(ds_config)
     if kind.lower() not in OPTIMIZERS:
         raise UserError(
             f"optimizer.type: the reference steps with AdamW, and this is {kind or 'absent'}; "
             "use --set deepspeed.optimizer.type=AdamW"
         )
-    if not (optimizer.get("params") or {}).get("adam_w_mode", True):
+    if not settings.get("adam_w_mode", True):
         raise UserError(
             "optimizer.params.adam_w_mode: the reference decays weights as AdamW does; "
             "use --set deepspeed.optimizer.params.adam_w_mode=true"

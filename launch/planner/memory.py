@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
+from launch.ds_json.view import accumulation_dtype, is_enabled, offload_device, zero_stage
 from models.config import GPTConfig, parameters_by_layer
 from models.pipeline_stages import micro_batches_alive
 
@@ -106,7 +107,7 @@ def stage_parameters(config: GPTConfig, tensor: int, first: int, last: int) -> i
 
 def _element(ds_config: dict[str, Any]) -> int:
     """Bytes of a number in the forward pass."""
-    low = any(ds_config.get(k, {}).get("enabled") for k in ("bf16", "fp16", "torch_autocast"))
+    low = any(is_enabled(ds_config, name) for name in ("bf16", "fp16", "torch_autocast"))
     return 2 if low else 4
 
 
@@ -117,11 +118,9 @@ def _state_bytes(ds_config: dict[str, Any], data: int) -> tuple[list[float], lis
     optimizer is AdamW's two moments, and fp32 weights wherever DeepSpeed keeps a copy of its own: at
     stage 0 not in fp32, at stages 1 to 3 always.
     """
-    bf16 = ds_config.get("bf16", {}).get("enabled", False)
-    low = bf16 or ds_config.get("fp16", {}).get("enabled", False)
-    accumulate = ds_config.get("data_types", {}).get("grad_accum_dtype")
-    zero = ds_config.get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
+    bf16 = is_enabled(ds_config, "bf16")
+    low = bf16 or is_enabled(ds_config, "fp16")
+    accumulate, stage = accumulation_dtype(ds_config), zero_stage(ds_config)
     weights = 2.0 if low else 4.0
     gradients = 4.0 if accumulate == "fp32" else weights
     if stage == 0:
@@ -136,15 +135,11 @@ def _state_bytes(ds_config: dict[str, Any], data: int) -> tuple[list[float], lis
         weights /= data
     device = [weights, gradients, optimizer]
     host = [0.0, 0.0, 0.0]
-    if _is_offloaded(zero, "offload_optimizer"):
+    if offload_device(ds_config, "offload_optimizer") != "none":
         host[1:], device[1:] = device[1:], [0.0, 0.0]
-    if stage == 3 and _is_offloaded(zero, "offload_param"):
+    if stage == 3 and offload_device(ds_config, "offload_param") != "none":
         host[0], device[0] = device[0], 0.0
     return device, host
-
-
-def _is_offloaded(zero: dict[str, Any], block: str) -> bool:
-    return zero.get(block, {}).get("device", "none") in ("cpu", "nvme")
 
 
 def block_bytes(config: GPTConfig, tensor: int, sequence_parallel: bool, element: int) -> float:

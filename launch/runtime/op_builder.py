@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from launch.deepspeed_patches.jit_lock import is_held, load_built_op, wait_for_lock_owner
+from launch.ds_json.view import offload_device, optimizer_block, zero_stage
 from launch.errors import UserError
 from launch.paths import ROOT
 
@@ -64,19 +65,16 @@ def use_private_cache() -> Path:
 
 def ops_needed(ds_config: dict[str, Any]) -> list[str]:
     """The ops that DeepSpeed's engine will load for this JSON, in the order of loading."""
-    zero = ds_config.get("zero_optimization") or {}
     optimizer_at, parameters_at = (
-        (zero.get(key) or {}).get("device", "none")
-        for key in ("offload_optimizer", "offload_param")
+        offload_device(ds_config, key) for key in ("offload_optimizer", "offload_param")
     )
-    optimizer = ds_config.get("optimizer") or {}
-    params = optimizer.get("params") or {}
-    plain, offloaded = _OPTIMIZER_OPS.get(str(optimizer.get("type", "")).lower(), (None, None))
+    kind, params = optimizer_block(ds_config)
+    plain, offloaded = _OPTIMIZER_OPS.get(kind.lower(), (None, None))
     needed = [offloaded if optimizer_at in ("cpu", "nvme") else plain]
     if params.get("torch_adam"):
         needed = []
     # Below stage 3 DeepSpeed keeps an "nvme" optimizer in memory.
-    if zero.get("stage") == 3 and "nvme" in (optimizer_at, parameters_at):
+    if zero_stage(ds_config) == 3 and "nvme" in (optimizer_at, parameters_at):
         needed.append("async_io")
     return [name for name in needed if name is not None]
 

@@ -71,5 +71,5 @@ def gradient_and_logits_of_the_first_micro_batch() -> tuple[float, bool]:
 
 def test_engine_keeps_one_loss_and_all_logits() -> None:
     gradient, holds_logits = run_ranks(gradient_and_logits_of_the_first_micro_batch, 1)[0]
-    assert gradient == 5.0, repaired("pipeline.use_schedule, KeepLoss and TakeLoss")
-    assert holds_logits, repaired("pipeline.use_schedule, which lets the logits go")
+    assert gradient == 5.0, repaired("pipeline.use_schedule")
+    assert holds_logits, repaired("pipeline.use_schedule")

@@ -17,7 +17,7 @@ import torch
 
 from launch.config.load import load_recipe
 from launch.paths import ROOT
-from models import gpt
+from models import gpt, norms
 from models import pipeline_schedules as schedules
 from models.config import SIZES, GPTConfig
 from models.gpt import GPT
@@ -107,9 +107,8 @@ def test_every_file_is_named_and_every_name_is_a_file() -> None:
         assert f"| [{name}]({name}) |" in TEXT, f"{name} is not in the reading order"
     for row in table("counted: tensor"):
         for name in re.findall(r"`(\w{2,})`", row.cells["where"]):
-            assert any(hasattr(module, name) for module in (gpt, tensor_parallel, collectives)), (
-                name
-            )
+            modules = (gpt, norms, tensor_parallel, collectives)
+            assert any(hasattr(module, name) for module in modules), name
 
 
 def test_every_seeded_fault_that_is_named_is_seeded() -> None:

@@ -182,7 +182,7 @@ def test_a_changed_recipe_is_rejected_by_the_key(change: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("other", "refused"),
+    ("other", "rejected"),
     [
         ({"ranks": 2}, r"saved by 1 ranks, and these are 2; start 1 ranks"),
         ({"corpus": "b"}, "training text is not the one"),
