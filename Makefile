@@ -38,17 +38,20 @@ setup-test:
 	@bash scripts/setup.sh test
 
 # DeepSpeed's C++ ops are built beside lint and the tests that do without; a test that needs them waits.
+# The build is a process group of its own (set -m), to be ended with its compilers where a check fails.
 .PHONY: test test-all
 test: MARKS = not gpu and not matrix
 test: ## Check format, lint and types, and run the tests: a representative of each kind (PYTEST_ARGS)
 test-all: MARKS = not gpu
 test-all: ## The same with the whole matrix of cases
 test test-all: setup-test
-	@log=$$(mktemp); python scripts/build_ops.py >"$$log" 2>&1 & ops=$$!; \
-	trap 'kill $$ops 2>/dev/null || true; rm -f "$$log"' EXIT; \
+	@log=$$(mktemp); set -m; python scripts/build_ops.py >"$$log" 2>&1 & ops=$$!; set +m; \
+	trap 'kill -- -$$ops 2>/dev/null || true; rm -f "$$log"' EXIT; \
 	$(LINT); \
-	python -m pytest -m "$(MARKS)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); \
-	wait $$ops || { cat "$$log"; exit 1; }
+	code=0; \
+	python -m pytest -m "$(MARKS)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || code=$$?; \
+	wait $$ops || { cat "$$log"; exit 1; }; \
+	exit $$code
 
 .PHONY: test-gpu
 test-gpu: setup ## Run the tests that need GPUs

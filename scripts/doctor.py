@@ -19,7 +19,6 @@ import os
 import platform
 import shutil
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -32,7 +31,7 @@ try:
 
     from launch.doctor import probe
     from launch.doctor.checks import CheckResult, check_host, check_together
-    from launch.doctor.remote_probe import facts_of_host, framework_of_host, question
+    from launch.doctor.remote_probe import facts_of_host, framework_of_host, question, shared_token
     from launch.doctor.torch_check import check_framework
     from launch.errors import UserError
     from launch.paths import ROOT
@@ -122,16 +121,13 @@ def _failed(host: str, error: UserError) -> CheckResult:
     return CheckResult("FAIL", host, what.removeprefix(f"host {host}: "), remedy)
 
 
-def check_hosts(given: argparse.Namespace) -> list[CheckResult]:
+def check_hostfile(given: argparse.Namespace) -> list[CheckResult]:
     """Every host of the hostfile, and the network between them."""
     from launch.doctor.collectives_check import measure_between
 
     hosts = read_hostfile(given.hostfile)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    token = given.folder / f".seen-by-every-host-{uuid.uuid4().hex}"
-    token.touch()
 
-    def ask(host: str) -> Answer:
+    def ask(host: str, token: Path) -> Answer:
         before = time.time()
         try:
             facts = facts_of_host(
@@ -152,11 +148,8 @@ def check_hosts(given: argparse.Namespace) -> list[CheckResult]:
                 lines.append(_failed(host, error))
         return Answer(lines, facts, skew)
 
-    try:
-        with ThreadPoolExecutor(max_workers=32) as pool:
-            answers = list(pool.map(ask, hosts))
-    finally:
-        token.unlink(missing_ok=True)
+    with shared_token(given.folder) as token, ThreadPoolExecutor(max_workers=32) as pool:
+        answers = list(pool.map(lambda host: ask(host, token), hosts))
     lines = [line for answer in answers for line in answer.lines]
     reached = [(a.facts, a.skew) for a in answers if a.facts is not None]
     if reached:
@@ -189,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.line:
             print(one_line(given.folder))
             return
-        lines = check_hosts(given) if given.hostfile else check_here(given)
+        lines = check_hostfile(given) if given.hostfile else check_here(given)
         if given.json:
             print(json.dumps([asdict(line) for line in lines], indent=2))
         else:

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch.runtime.local_launcher import free_port
+from launch.runtime.local_launcher import free_port, let_leave, rank_environment
 
 Result = TypeVar("Result")
 
@@ -113,7 +113,8 @@ def run_ranks(
             _start_server()
             port = free_port()
             for rank in range(world_size):
-                full = _rank_environment(rank, world_size, port) | dict(env or {})
+                own = rank_environment(rank, world_size, port)
+                full = {**os.environ, **ONE_THREAD, **own, **(env or {})}
                 ranks.append(_Rank(rank, Path(folder), payload, full))
             _collect(ranks, timeout)
         finally:
@@ -137,12 +138,7 @@ def _collect(ranks: list[_Rank], timeout: float) -> None:
         for item in waiting:
             if item.pipe in ready or item.process.sentinel in ready:
                 _take_answer(item)
-    # Nobody leaves before all have answered: rank 0 serves the others' rendezvous store.
-    for item in ranks:
-        with contextlib.suppress(OSError):
-            item.pipe.send_bytes(b"leave")
-    for item in ranks:
-        item.process.join(5.0)
+    let_leave([item.pipe for item in ranks], [item.process for item in ranks])
 
 
 def _take_answer(item: _Rank) -> None:
@@ -233,22 +229,6 @@ def _answer(payload: bytes) -> bytes:
             return pickle.dumps((None, pickle.dumps(error), text))
         except Exception:  # an exception that holds, say, a lock
             return pickle.dumps((None, None, text))
-
-
-def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What `deepspeed` sets for a rank on one machine, over this process's own environment."""
-    own = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
-        "CROSS_RANK": 0,
-        "CROSS_SIZE": 1,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    return {**os.environ, **ONE_THREAD, **{name: str(value) for name, value in own.items()}}
 
 
 def _start_server() -> None:

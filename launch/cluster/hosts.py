@@ -3,14 +3,13 @@
 import contextlib
 import random
 import time
-import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from launch.cluster.job import Job
-from launch.doctor.remote_probe import facts_of_host
+from launch.doctor.remote_probe import facts_of_host, shared_token
 from launch.errors import UserError
 from launch.runtime.ssh import read_hostfile
 
@@ -65,41 +64,41 @@ def check_hosts(job: Job, port: int, programs: Mapping[str, str]) -> None:
     Raises:
         UserError: for the first thing that is wrong, naming the host and what to do.
     """
-    hosts = list(hosts_of(job))
-    token = job.run / f".seen-by-every-host-{uuid.uuid4().hex}"
     try:
-        job.run.mkdir(parents=True, exist_ok=True)
-        token.touch()
-    except OSError as error:
-        raise UserError(
-            f"runs: cannot write to {job.run} ({error.strerror}); name a folder that this machine and "
-            "every host can write to"
-        ) from None
-    try:
-        with ThreadPoolExecutor(max_workers=32) as pool:
-            asked = time.time()
-            found = list(
-                pool.map(
-                    lambda host: facts_of_host(
-                        host, job.python, job.checkout, token, port if host == hosts[0] else None
-                    ),
-                    hosts,
-                )
-            )
-        for host, facts in zip(hosts, found, strict=True):
-            _check(job, host, facts, found[0], asked, port)
-            for program, package in programs.items():
-                if not facts["programs"][program]:
-                    raise UserError(
-                        f"host {host}: there is no {program}; run there: apt-get install {package}"
-                    )
+        with contextlib.ExitStack() as stack:
+            try:
+                token = stack.enter_context(shared_token(job.run))
+            except OSError as error:
+                raise UserError(
+                    f"runs: cannot write to {job.run} ({error.strerror}); name a folder that this "
+                    "machine and every host can write to"
+                ) from None
+            _ask_and_check(job, port, programs, token)
     except UserError:
-        token.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # one that an earlier run has made holds something
             job.run.rmdir()
             job.run.parent.rmdir()
         raise
-    token.unlink(missing_ok=True)
+
+
+def _ask_and_check(job: Job, port: int, programs: Mapping[str, str], token: Path) -> None:
+    hosts, asked = list(hosts_of(job)), time.time()
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        found = list(
+            pool.map(
+                lambda host: facts_of_host(
+                    host, job.python, job.checkout, token, port if host == hosts[0] else None
+                ),
+                hosts,
+            )
+        )
+    for host, facts in zip(hosts, found, strict=True):
+        _check(job, host, facts, found[0], asked, port)
+        for program, package in programs.items():
+            if not facts["programs"][program]:
+                raise UserError(
+                    f"host {host}: there is no {program}; run there: apt-get install {package}"
+                )
 
 
 def _check(

@@ -7,8 +7,6 @@
     job.json        the record of the submission
 """
 
-import base64
-import json
 import shlex
 import sys
 import time
@@ -26,6 +24,7 @@ from launch.config.resolve import resolve
 from launch.config.schema import Recipe
 from launch.errors import UserError
 from launch.paths import ROOT
+from launch.runtime.world_info import encode_world_info
 
 TEMPLATES = Path(__file__).resolve().parent
 
@@ -76,8 +75,7 @@ class Job:
     def world_info(self) -> str:
         """Nodes and their devices as `deepspeed.launcher.launch --world_info` takes them."""
         devices = list(range(self.gpus_per_node))
-        nodes = {f"node{number}": devices for number in range(self.nodes)}
-        return base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()
+        return encode_world_info({f"node{number}": devices for number in range(self.nodes)})
 
     @property
     def train(self) -> list[str]:

@@ -3,8 +3,6 @@
 Run as a program on a node, it says which of the node's GPUs are the job's: see `devices` below.
 """
 
-import base64
-import json
 import os
 import platform
 import re
@@ -18,6 +16,7 @@ from launch.cluster.job import Job
 from launch.cluster.job_store import Record, State
 from launch.errors import UserError
 from launch.runtime.failures import one_line_errors
+from launch.runtime.world_info import encode_world_info
 
 ASK_SECONDS = 60
 GONE_WITHIN_SECONDS = 120.0
@@ -166,7 +165,7 @@ def _ask(
     raise UserError(f"{rejected or command[0]}: {reason}")
 
 
-def world_info(nodes: int, gpus_per_node: int, visible: str | None) -> str:
+def world_info_of_node(nodes: int, gpus_per_node: int, visible: str | None) -> str:
     """`--world_info` for this node's launcher, which gives its ranks the devices that it lists.
 
     Args:
@@ -185,11 +184,10 @@ def world_info(nodes: int, gpus_per_node: int, visible: str | None) -> str:
             f"{gpus_per_node}; see slurm.gpus and slurm.options in the site file"
         )
     devices = [int(device) if device.isdecimal() else device for device in own]
-    listed = {f"node{number}": devices for number in range(nodes)}
-    return base64.urlsafe_b64encode(json.dumps(listed).encode()).decode()
+    return encode_world_info({f"node{number}": devices for number in range(nodes)})
 
 
 if __name__ == "__main__":
     with one_line_errors():
         visible_here = os.environ.get("CUDA_VISIBLE_DEVICES")
-        print(world_info(int(sys.argv[1]), int(sys.argv[2]), visible_here))
+        print(world_info_of_node(int(sys.argv[1]), int(sys.argv[2]), visible_here))

@@ -1,6 +1,5 @@
 """Starts the network measurement: on this machine's ranks, or on those of several hosts by ssh."""
 
-import base64
 import json
 import os
 import tempfile
@@ -15,6 +14,7 @@ from launch.errors import UserError
 from launch.paths import ROOT
 from launch.runtime.local_launcher import run_local_ranks
 from launch.runtime.ssh import run_on_host
+from launch.runtime.world_info import encode_world_info
 
 SLOW_BUS_GB_S = {"nccl": 1.0, "gloo": 0.01}
 
@@ -43,8 +43,7 @@ def measure_between(
 ) -> CheckResult:
     """The collectives between the ranks of several hosts, started as a job would start them."""
     names = list(hosts)
-    world = {name: list(range(slots)) for name, slots in hosts.items()}
-    info = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    info = encode_world_info({name: range(slots) for name, slots in hosts.items()})
 
     def start(number: int) -> str:
         variables = [f"{name}={value}" for name, value in environment.items()]

@@ -1,11 +1,30 @@
 """Other hosts: which there are, and a command on one of them, by ssh, with its failures in words."""
 
 import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from launch.doctor.checks import CheckResult
 from launch.runtime.ssh import run_on_host
+
+
+@contextmanager
+def shared_token(folder: Path) -> Iterator[Path]:
+    """A file in `folder` for as long as the block lasts: a host that sees it is on the same disk.
+
+    Raises:
+        OSError: where the folder cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / f".seen-by-every-host-{uuid.uuid4().hex}"
+    token.touch()
+    try:
+        yield token
+    finally:
+        token.unlink(missing_ok=True)
 
 
 def question(

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -75,18 +75,14 @@ def run_local_ranks(function: Callable[..., None], world_size: int, *args: Any) 
             ours, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(
                 target=_in_child,
-                args=(theirs, _environment(rank, world_size, port), function, args),
+                args=(theirs, rank_environment(rank, world_size, port), function, args),
             )
             process.start()
             theirs.close()
             pipes.append(ours)
             processes.append(process)
         _wait(pipes, processes)
-        for pipe in pipes:  # nobody leaves early: rank 0 serves the others' rendezvous store
-            with contextlib.suppress(OSError):
-                pipe.send("leave")
-        for process in processes:
-            process.join(SECONDS_TO_LEAVE)
+        let_leave(pipes, processes)
     finally:
         for process in processes:
             process.kill()
@@ -95,9 +91,20 @@ def run_local_ranks(function: Callable[..., None], world_size: int, *args: Any) 
             pipe.close()
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def let_leave(pipes: Iterable[Connection], processes: Iterable[Any]) -> None:
+    """End ranks that wait for a message: all have answered, and rank 0 served their rendezvous store."""
+    for pipe in pipes:
+        with contextlib.suppress(OSError):
+            pipe.send("leave")
+    for process in processes:
+        process.join(SECONDS_TO_LEAVE)
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What `deepspeed` sets for one of `world_size` ranks on one machine."""
     values = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
+        "LOCAL_SIZE": world_size, "CROSS_RANK": 0, "CROSS_SIZE": 1,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
     return {name: str(value) for name, value in values.items()}

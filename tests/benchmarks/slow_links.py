@@ -8,8 +8,6 @@ machine's CPU in fp32, over gloo and TCP; the link between the two virtual hosts
 makes it.
 """
 
-import base64
-import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -23,9 +21,10 @@ from launch.config.load import load_recipe
 from launch.config.schema import GPTModel
 from launch.paths import ROOT
 from launch.runtime.failures import one_line_errors
+from launch.runtime.local_launcher import free_port
 from launch.runtime.run_dir import read_metrics
+from launch.runtime.world_info import encode_world_info
 from models.config import count_parameters
-from tests.cli.commands import free_port
 from tests.cluster.virtual import Cluster
 from tests.resume.runs import write_text
 
@@ -58,7 +57,7 @@ def train(cluster: Cluster, layout: str, rate: str, steps: int) -> Measured:
     """Train on both hosts, one rank each, started as a cluster's own engine would start them."""
     write_text(cluster.folder / "text")
     run = cluster.folder / f"{layout.replace(' ', '_')}_{rate}_{steps}"
-    world = base64.urlsafe_b64encode(json.dumps({h: [0] for h in cluster.hosts}).encode()).decode()
+    world = encode_world_info({host: [0] for host in cluster.hosts})
     port = str(free_port())
     before = [cluster.sent_bytes(host) for host in cluster.hosts]
     command: list[str | Path] = [ROOT / "launch/train.py", "--config", _recipe(layout)]

@@ -4,7 +4,6 @@ import os
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from launch.paths import ROOT
+from launch.runtime.local_launcher import free_port, rank_environment
 from tests.ranks import run_ranks
 from tests.resume.runs import write_text
 
@@ -25,10 +25,7 @@ GONE_WITHIN_SECONDS = 300.0
 COMMAND_SECONDS = 1000.0
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 # Of a launcher around the tests; a command started here is not one of its ranks.
-OF_A_RANK = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR",
-    "MASTER_PORT",
-)  # fmt: skip
+OF_A_RANK = tuple(rank_environment(0, 1, 0))
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,6 @@ class Ended:
         assert len(lines) == 1, self.output
         assert "Traceback" not in self.output, self.output
         return lines[0]
-
-
-def free_port() -> int:
-    """A port that nobody listens at, at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 SMALL_MODEL = "{layers: 2, hidden: 32, heads: 2, vocab: 320, context: 32, dropout: 0.1}"

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from launch.paths import ROOT
+from launch.runtime.local_launcher import free_port
 from launch.runtime.run_dir import read_metrics
+from tests.cli.commands import OF_A_RANK
 
 RECIPE = "recipes/gpt_tiny_zero2.yaml"
 ENTRY = str(ROOT / "launch" / "train.py")
@@ -22,8 +23,6 @@ SMALL = [
     "train.eval_every=0", "train.eval_batches=1", "model.layers=2", "model.hidden=32",
     "data.sequence_length=32", "run.sample_tokens=3", "run.tensorboard=false",
 ]  # fmt: skip
-# What a launcher sets for its ranks must not come from a run that these tests are part of.
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
 
 
 def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -37,25 +36,19 @@ def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     )
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def deepspeed() -> list[str]:
-    return ["deepspeed", "--num_gpus", "2", "--master_port", free_port()]
+    return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
 
 
 def torchrun() -> list[str]:
-    return ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]
+    return ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
 
 
 def accelerate() -> list[str]:
     # On a CPU too: --cpu would start one process, and more only through MPI.
     return [
         "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port(),
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
     ]  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """The check that runs on every change is `make test`, and `make test` holds all of it."""
 
+import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -45,6 +48,34 @@ def test_make_test_holds_each_step(step: str) -> None:
 def test_make_test_leaves_out_the_matrix_and_make_test_all_runs_it() -> None:
     assert 'pytest -m "not gpu and not matrix"' in dry_run("test")
     assert 'pytest -m "not gpu" ' in dry_run("test-all")
+
+
+STUB = """#!/bin/sh
+for word in "$@"; do
+    [ "$word" != pytest ] || echo "ran pytest"
+    [ "$word" != "$FAILING" ] || { echo "$word says why"; exit 3; }
+done
+"""
+
+
+@pytest.mark.parametrize("step", ["nothing", "check", ".", "pytest", "scripts/build_ops.py"])
+def test_make_test_fails_where_a_step_fails_and_tells_why(step: str, tmp_path: Path) -> None:
+    """With stubs in the place of the programs; `check` fails of ruff, and `.` the first that gets it."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/setup.sh").touch()
+    programs = tmp_path / ".venv/bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "ruff", "mypy"):
+        (programs / name).write_text(STUB)
+        (programs / name).chmod(0o755)
+    done = subprocess.run(
+        ["make", "test"], cwd=tmp_path, env={**os.environ, "FAILING": step},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (step == "nothing"), done.stdout + done.stderr
+    assert ("ran pytest" in done.stdout) == (step not in ("check", "."))
+    assert (f"{step} says why" in done.stdout) == (step != "nothing")
 
 
 def test_the_whole_matrix_runs_at_night() -> None:

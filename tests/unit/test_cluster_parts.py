@@ -13,14 +13,14 @@ import pytest
 from launch.cluster import kill_job
 from launch.cluster.job_store import Record
 from launch.cluster.monitor import errors
-from launch.cluster.slurm import world_info
+from launch.cluster.slurm import world_info_of_node
 from launch.cluster.ssh_hosts import escaped
 from launch.errors import UserError
 
 
 def devices(nodes: int, gpus: int, visible: str | None) -> dict[str, list[int | str]]:
     found: dict[str, list[int | str]] = json.loads(
-        base64.urlsafe_b64decode(world_info(nodes, gpus, visible))
+        base64.urlsafe_b64decode(world_info_of_node(nodes, gpus, visible))
     )
     return found
 
@@ -33,7 +33,7 @@ def test_a_node_s_ranks_get_the_gpus_that_slurm_gave() -> None:
 
 def test_another_number_of_gpus_than_asked_for_is_rejected() -> None:
     with pytest.raises(UserError, match="gave the job GPUs 4,5,6 on this node, and it wants 2"):
-        world_info(2, 2, "4,5,6")
+        world_info_of_node(2, 2, "4,5,6")
 
 
 @pytest.mark.parametrize(
