@@ -117,7 +117,8 @@ def _check_tensor(config: dict[str, Any]) -> None:
             "tensor_parallel: the recipe's parallel.tensor decides it; take the block out of the JSON"
         )
     zero = zero_block(config)
-    # Weights were 15 to 25% off after four steps with the first key; the second makes its groups alike. Proof:
+    # Weights were 15 to 25% off after four steps with the first key; the second makes its groups
+    # alike. Proof:
     # test_rejected.py::test_hpz_mixes_the_shards_of_tensor_ranks
     for key, without in (("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False)):
         if zero.get(key, without) != without:
