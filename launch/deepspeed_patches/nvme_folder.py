@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from launch.ds_json.view import offload_blocks
 from launch.errors import UserError
 
 
@@ -22,8 +23,7 @@ def with_own_swap_folder(ds_config: dict[str, Any], run: Path) -> tuple[dict[str
     config = copy.deepcopy(ds_config)
     name = f"{run.name}-{hashlib.blake2b(str(run.absolute()).encode(), digest_size=4).hexdigest()}"
     folders = []
-    for block in ("offload_optimizer", "offload_param"):
-        offload = config.get("zero_optimization", {}).get(block) or {}
+    for offload in offload_blocks(config):
         if offload.get("device") == "nvme":
             offload["nvme_path"] = str(Path(offload["nvme_path"]) / name)
             folders.append(Path(offload["nvme_path"]))

@@ -1,7 +1,7 @@
 """A linter for DeepSpeed JSON: what DeepSpeed 0.19.8 rejects, ignores, or quietly takes otherwise.
 
 `lint` works on any config, ours or not. This file holds the walk over the keys; the rules that
-know what the keys mean are in `ds_rules.py`, and the key table is in `ds_keys.py`.
+know what the keys mean are in `rules.py` and `zero_rules.py`, and the key table is in `keys.py`.
 """
 
 import math

@@ -97,6 +97,12 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
         return 0
 
 
+def offload_blocks(ds_config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The blocks `offload_optimizer` and `offload_param` that are there; not copies."""
+    found = (block(zero_block(ds_config), name) for name in ("offload_optimizer", "offload_param"))
+    return [each for each in found if each]
+
+
 def offload_device(ds_config: dict[str, Any], name: str) -> str:
     """Where `offload_optimizer` or `offload_param` puts things: "none", "cpu" or "nvme"."""
     return str(block(zero_block(ds_config), name).get("device", "none"))
