@@ -1,4 +1,4 @@
-"""Causal self-attention: rotary positions, the mask of documents, heads sharded over tensor ranks."""
+"""Causal self-attention: rotary positions, document mask, heads sharded over tensor ranks."""
 
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ from models.parallel.topology import TensorParallel
 def rotary_table(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE's angles, each `[*positions.shape, head_dim]`, in fp32.
 
-    Computed on every forward: a buffer would be cast to bf16 with the model, and positions past
-    256 are not bf16 numbers. Source: RoFormer, arXiv:2104.09864, in the half-split order of Llama.
+    Computed in every forward pass: a buffer would be cast to bf16 with the model, and bf16 cannot
+    represent all positions above 256. Source: RoFormer, arXiv:2104.09864, in Llama's half-split
+    order.
     """
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = config.rope_theta ** (-pairs / config.head_dim)
@@ -28,9 +29,9 @@ def rotary_table(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of numbers of a head by its position's angle.
+    """Rotate each pair of a head's elements by the angle of its position.
 
-    `x` is `[batch, heads, sequence, head_dim]`, and so is the result, in x's dtype.
+    `x` is `[batch, heads, sequence, head_dim]`; the result has the same shape and dtype.
     """
     cos, sin = table
     first, second = x.chunk(2, dim=-1)
@@ -38,11 +39,11 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class AttentionInputs(NamedTuple):
-    """What the attention of all blocks has in common, made once for a micro batch.
+    """Inputs shared by the attention of all blocks, computed once per micro batch.
 
     `rotary` is RoPE's table (cosines and sines, each `[sequence, head_dim]`, or
-    `[batch, 1, sequence, head_dim]` where rows have positions of their own); None without RoPE.
-    `mask` is `[batch, 1, sequence, sequence]`, True where a token may look; None: at all before it.
+    `[batch, 1, sequence, head_dim]` if each row has its own positions); None without RoPE.
+    `mask` is `[batch, 1, sequence, sequence]`, True where a token may attend; None: plain causal.
     """
 
     rotary: tuple[Tensor, Tensor] | None
@@ -52,10 +53,10 @@ class AttentionInputs(NamedTuple):
 def attention_inputs(
     config: GPTConfig, sequence: int, positions: Tensor | None, device: torch.device
 ) -> AttentionInputs:
-    """The inputs for a micro batch of `sequence` tokens a row.
+    """The inputs for a micro batch with `sequence` tokens per row.
 
-    `positions` `[batch, sequence]` count from 0 in each document of a row, and a token sees those
-    before it in its own document. Without them, each row is one document.
+    `positions` `[batch, sequence]` restart at 0 in each document of a row, and a token attends only
+    to earlier tokens of its own document. Without them, each row is one document.
     """
     rotary = None
     if config.position == "rope":
@@ -69,7 +70,9 @@ def attention_inputs(
 
 
 def document_mask(positions: Tensor) -> Tensor:
-    """Which tokens each token sees: `[batch, sequence]` to bool `[batch, 1, sequence, sequence]`.
+    """Which tokens each token attends to.
+
+    `[batch, sequence]` positions to bool `[batch, 1, sequence, sequence]`.
 
     A document begins where a position is 0.
     """
@@ -81,13 +84,13 @@ def document_mask(positions: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (arXiv:2305.13245), sharded by heads.
 
-    `qkv` holds the rows of all query heads, then all key heads, then all value heads; on a rank, those
-    of its own heads in the same order. Where there are fewer key/value heads than ranks, the rows of a
-    head are sharded over the ranks that share it, and its keys and values are gathered: every rank has the
-    whole head to attend to, and no weight is there twice.
+    `qkv` holds the rows of all query heads, then all key heads, then all value heads; a rank's
+    shard holds those of its own heads in the same order. If there are fewer key/value heads than
+    ranks, the rows of a head are sharded over the ranks that share it, and its keys and values are
+    gathered: every rank attends to the whole head, and no weight is stored twice.
 
-    Weights: qkv whole `[(heads + 2 kv_heads) * head_dim, hidden]`, on a rank its rows / ranks; out
-    `[hidden, heads * head_dim]`, on a rank its columns / ranks.
+    Weights: qkv is `[(heads + 2 kv_heads) * head_dim, hidden]`, and a rank holds rows / ranks; out
+    is `[hidden, heads * head_dim]`, and a rank holds columns / ranks.
     """
 
     def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
@@ -109,10 +112,10 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """`[batch, sequence, hidden]`, the same on every rank, to the same.
+        """`[batch, sequence, hidden]`, the same on every rank, to the same shape.
 
-        With sequence parallelism `[batch, sequence / ranks, hidden]` to the same. In between, each rank
-        attends with heads / ranks over the whole sequence.
+        With sequence parallelism, `[batch, sequence / ranks, hidden]` to the same shape. In
+        between, each rank computes heads / ranks of the heads over the whole sequence.
         """
         query, key, value = self.qkv(x).split(self.widths, dim=-1)
         key, value = (all_gather(part, -1, self.tp.key_value_group) for part in (key, value))
@@ -133,7 +136,7 @@ class Attention(nn.Module):
                 value,
                 attn_mask=inputs.mask,
                 dropout_p=dropout_p,
-                # Without one of the two, each token is shown the answer it has to predict.
+                # Without a mask or is_causal, each token would see the token it has to predict.
                 is_causal=inputs.mask is None,
                 enable_gqa=key.shape[1] != query.shape[1],
             )

@@ -1,6 +1,6 @@
-"""The shape of a decoder, the table of well-known sizes, and the arithmetic that follows from it.
+"""The shape of a decoder, a table of well-known sizes, and parameter and FLOP counts.
 
-This file imports no torch: planning a 175B model needs neither a GPU nor a framework.
+This file does not import torch: planning a 175B model needs neither a GPU nor a framework.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -11,11 +11,11 @@ from typing import Any, Literal
 class GPTConfig:
     """One decoder-only transformer. The defaults are GPT-2's choices.
 
-    Sizes are in elements. `kv_heads`, `head_dim` and `ffn` may be left at 0 and then become
-    `heads`, `hidden / heads` and `4 * hidden`, as in GPT-2.
+    Sizes are in elements. If left at 0, `kv_heads`, `head_dim` and `ffn` default to `heads`,
+    `hidden / heads` and `4 * hidden`, as in GPT-2.
 
     Raises:
-        ValueError: where the sizes contradict each other; the message names the fields.
+        ValueError: if the sizes contradict each other; the message names the fields.
     """
 
     layers: int
@@ -38,7 +38,7 @@ class GPTConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        # A frozen dataclass lets only object.__setattr__ fill in what depends on other fields.
+        # In a frozen dataclass, derived fields must be set through object.__setattr__.
         for name, value in (
             ("kv_heads", self.kv_heads or self.heads),
             ("head_dim", self.head_dim or self.hidden // max(self.heads, 1)),
@@ -60,7 +60,7 @@ class GPTConfig:
 
 
 def _gpt(layers: int, hidden: int, heads: int, context: int = 2048) -> GPTConfig:
-    # 50257 GPT-2 tokens, padded to a multiple of 128 so that tensor cores and ranks divide it.
+    # GPT-2's 50257 tokens, padded to a multiple of 128 for tensor cores and tensor parallelism.
     return GPTConfig(layers, hidden, heads, vocab=50304, context=context)
 
 
@@ -90,7 +90,7 @@ SIZES: dict[str, GPTConfig] = {
     # 257 byte tokens, padded to 320. For CPUs and tests.
     "tiny": _TINY,
     "tiny_llama": _llama(4, 128, 4, 2, 352, vocab=320, context=256),
-    # GPT-2 and GPT-3 (table 2.1 of arXiv:2005.14165, with widths that the heads divide).
+    # GPT-2 and GPT-3 (table 2.1 of arXiv:2005.14165, with widths divisible by the heads).
     "124m": _gpt(12, 768, 12, context=1024),
     "350m": _gpt(24, 1024, 16),
     "760m": _gpt(24, 1536, 16),
@@ -111,10 +111,10 @@ SIZES: dict[str, GPTConfig] = {
 
 
 def with_changes(config: GPTConfig, changes: dict[str, Any]) -> GPTConfig:
-    """A copy of `config` with `changes`; sizes that follow from others are derived anew.
+    """A copy of `config` with `changes`; derived sizes are recomputed.
 
-    A change of `hidden` or `heads` resets `head_dim` and `ffn` where the change leaves them out
-    and they had their derived value before, so that shrinking a model needs few words.
+    Changing `hidden` or `heads` resets `head_dim` and `ffn` if they had their default values and
+    `changes` does not set them, so shrinking a model takes few overrides.
     """
     derived = {
         "kv_heads": config.heads,
@@ -130,9 +130,9 @@ def with_changes(config: GPTConfig, changes: dict[str, Any]) -> GPTConfig:
 
 
 def parameters_by_layer(config: GPTConfig) -> list[tuple[str, int]]:
-    """The model as a chain of layers, each with its number of parameters, as pipelines cut it.
+    """The chain of layers that a pipeline splits into stages, each with its parameter count.
 
-    A tied output is a layer of its own here, with the parameters of the embedding that it uses.
+    A tied output is a separate layer here and counts the parameters of the shared embedding.
     """
     c = config
     norm = c.hidden * (2 if c.norm == "layernorm" else 1)
@@ -149,7 +149,7 @@ def parameters_by_layer(config: GPTConfig) -> list[tuple[str, int]]:
 
 
 def count_parameters(config: GPTConfig) -> int:
-    """Number of trainable parameters, tied weights counted once."""
+    """Number of trainable parameters; tied weights count once."""
     twice = config.vocab * config.hidden if config.tied else 0
     return sum(size for _, size in parameters_by_layer(config)) - twice
 
@@ -157,13 +157,13 @@ def count_parameters(config: GPTConfig) -> int:
 def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
     """Floating-point operations to train on one token, forward and backward, without recompute.
 
-    6 N + 12 * layers * (heads * head_dim) * sequence: N counts the output projection and not the
-    input embedding or positions; attention is counted in full, though a causal mask needs half
+    6 N + 12 * layers * (heads * head_dim) * sequence. N includes the output projection but not the
+    input embedding or positions. Attention counts in full, although a causal mask needs only half
     (the convention of PaLM, arXiv:2204.02311, appendix B).
     """
     c = config
     not_multiplied = c.context * c.hidden if c.position == "learned" else 0
     if not c.tied:
-        not_multiplied += c.vocab * c.hidden  # a tied matrix is multiplied, as the projection
+        not_multiplied += c.vocab * c.hidden  # a tied matrix is multiplied once, as the projection
     n = count_parameters(c) - not_multiplied
     return 6.0 * n + 12.0 * c.layers * c.heads * c.head_dim * sequence_length

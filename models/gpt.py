@@ -1,14 +1,14 @@
-"""One decoder for GPT-2 and for the Llama and Qwen line, on one device or sharded over tensor ranks.
+"""One decoder for the GPT-2, Llama and Qwen families, on one device or sharded over tensor ranks.
 
-Read from top to bottom: MLP, block, embedding, output, model; attention is in `attention.py`, the norms
-in `norms.py`. Shapes are written as `[batch, sequence, hidden]`.
+Read it from top to bottom: MLP, block, embedding, output, model. Attention is in `attention.py`,
+the norms are in `norms.py`. Shapes are written as `[batch, sequence, hidden]`.
 
-With the default `tp` (one rank) every layer is torch's own, and this is the reference for all layouts.
-With more, the two linear pairs of a block are column- and row-parallel, and what a rank holds is a
-shard (`models/parallel/`). In the shapes below, `/ ranks` marks what is cut.
+With the default `tp` (one rank), every layer is torch's own: this is the reference for all layouts.
+With more ranks, the two pairs of linear layers in a block are column- and row-parallel, and each
+rank holds a shard (`models/parallel/`). In the shapes below, `/ ranks` marks a sharded dimension.
 
-Parameter names are the canonical names of checkpoints, weights files and parity tables, in every
-layout. Matrices follow torch: `[out, in]`.
+In every layout, checkpoints, weights files and parity tables use these parameter names (the
+canonical names). Matrices follow torch: `[out, in]`.
 """
 
 import torch
@@ -33,9 +33,9 @@ from models.parallel.topology import ONE_RANK, TensorParallel
 class MLP(nn.Module):
     """`down(gelu(up(x)))`, or SwiGLU (arXiv:2002.05202): `down(silu(gate(x)) * up(x))`.
 
-    SwiGLU's `up` holds the rows of gate, then those of up, so that one product does both. Weights: up
-    whole `[ffn, hidden]` (gated: 2 ffn rows), on a rank its rows / ranks, part by part; down
-    `[hidden, ffn]`, on a rank its columns / ranks.
+    SwiGLU's `up` holds the rows of gate, then those of up, so one matrix product computes both.
+    Weights: up is `[ffn, hidden]` (gated: 2 ffn rows), and a rank holds rows / ranks of each part;
+    down is `[hidden, ffn]`, and a rank holds columns / ranks.
     """
 
     def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
@@ -50,7 +50,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `Attention.forward`; in between, `[batch, sequence, ffn / ranks]`."""
+        """Same shapes as `Attention.forward`; in between, `[batch, sequence, ffn / ranks]`."""
         x = self.up(x)
         if self.gated:
             gate, up = x.chunk(2, dim=-1)
@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.sequence_group = tp.sequence_group
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """`[batch, sequence, hidden]` to the same shape; sequence / ranks with sequence parallelism."""
+        """`[batch, sequence, hidden]` (sequence parallel: sequence / ranks) to the same shape."""
         x = x + self._dropout(self.attention(self.attention_norm(x), inputs))
         return x + self._dropout(self.mlp(self.mlp_norm(x)))
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embeddings, plus learned positions where the config asks for them."""
+    """Token embeddings, plus learned positions if the config asks for them."""
 
     def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Embedding(nn.Module):
 
 
 class Position(nn.Module):
-    """Adds learned positions, where the config has them; the way into the residual stream."""
+    """Adds learned positions, if the config has them; the entry to the residual stream."""
 
     def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
         super().__init__()
@@ -108,11 +108,11 @@ class Position(nn.Module):
         self.sequence_group = tp.sequence_group
 
     def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """`[batch, sequence, hidden]`, whole on every rank, to the same.
+        """`[batch, sequence, hidden]`, whole on every rank, to the same shape.
 
-        `positions` are `[batch, sequence]`; None: each row counts from 0. With sequence parallelism,
-        the result is this rank's `[batch, sequence / ranks, hidden]`. The weight `[context, hidden]` is
-        whole on every rank.
+        `positions` is `[batch, sequence]`; with None, each row counts from 0. With sequence
+        parallelism, the result is this rank's `[batch, sequence / ranks, hidden]`. The weight
+        `[context, hidden]` is whole on every rank.
         """
         if self.learned:
             x = x + (self.weight[: x.shape[1]] if positions is None else self.weight[positions])
@@ -122,7 +122,7 @@ class Position(nn.Module):
 class Output(ColumnParallelLinear):
     """The projection onto the vocabulary.
 
-    Weight: whole `[vocab, hidden]`, on a rank `[ceil(vocab / ranks), hidden]`; hence logits of
+    Weight: `[vocab, hidden]`, per rank `[ceil(vocab / ranks), hidden]`; so logits are
     `[batch, sequence, ceil(vocab / ranks)]`.
     """
 
@@ -133,10 +133,10 @@ class Output(ColumnParallelLinear):
 
 
 class GPT(nn.Module):
-    """The decoder: embedding, blocks, a last norm, and the projection onto the vocabulary.
+    """The decoder: embedding, blocks, a final norm, and the projection onto the vocabulary.
 
-    With `checkpoint_activations`, a block keeps only its input for the backward pass and computes
-    the rest again (arXiv:1604.06174).
+    With `checkpoint_activations`, a block keeps only its input for the backward pass and recomputes
+    the rest (arXiv:1604.06174).
     """
 
     def __init__(
@@ -162,11 +162,12 @@ class GPT(nn.Module):
         loss_weights: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Logits `[batch, sequence, vocab]`, or with `labels` the sum of their losses (a scalar).
+        """Logits `[batch, sequence, vocab]`, or the summed loss (a scalar) if `labels` are given.
 
-        All arguments are `[batch, sequence]`. `labels[:, i]` is the token that follows `tokens[:, i]`,
-        and its loss counts `loss_weights[:, i]` times (None: once). `positions` say where documents
-        begin (see `attention_inputs`). Both results are the same on every tensor rank.
+        All arguments are `[batch, sequence]`. `labels[:, i]` is the token that follows
+        `tokens[:, i]`; its loss is weighted by `loss_weights[:, i]` (None: 1). `positions` mark
+        where documents begin (see `attention_inputs`). Both results are the same on every tensor
+        rank.
         """
         inputs = attention_inputs(self.config, tokens.shape[1], positions, tokens.device)
         x = self.embedding(tokens, positions)
@@ -181,7 +182,7 @@ class GPT(nn.Module):
 
 
 def run_block(block: nn.Module, x: Tensor, inputs: AttentionInputs, recompute: bool) -> Tensor:
-    """A block's output; with `recompute`, the backward pass computes the block again."""
+    """A block's output; with `recompute`, the backward pass recomputes the block."""
     out: Tensor
     out = checkpoint(block, x, inputs, use_reentrant=False) if recompute else block(x, inputs)
     return out

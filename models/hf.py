@@ -1,4 +1,4 @@
-"""Any causal language model of transformers behind the two-argument forward of `models/gpt.py`."""
+"""Any causal language model from transformers, with the forward signature of `models/gpt.py`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ def read_config(path: str, changes: dict[str, Any]) -> PreTrainedConfig:
     """The configuration at `path` (a folder, a config.json, or a Hub name) with `changes`.
 
     Raises:
-        OSError: where there is no such configuration.
-        ValueError: for a change of a key that the configuration does not have, or a model type
-            that transformers does not know.
+        OSError: if there is no such configuration.
+        ValueError: if a changed key is not in the configuration, or transformers does not know the
+            model type.
     """
     if "/" in path and path.startswith((".", "/")) and not Path(path).exists():
         raise OSError(f"there is no file or folder {path}")
@@ -28,7 +28,7 @@ def read_config(path: str, changes: dict[str, Any]) -> PreTrainedConfig:
 
 
 def dropouts(config: PreTrainedConfig) -> dict[str, float]:
-    """The keys of a configuration that switch dropout on, with their probabilities."""
+    """The configuration keys that enable dropout, with their probabilities."""
     return {
         key: value
         for key, value in config.to_dict().items()
@@ -40,10 +40,10 @@ def dropouts(config: PreTrainedConfig) -> dict[str, float]:
 
 
 class HFCausalLM(nn.Module):
-    """A transformers model behind the forward of `models/gpt.py`: logits, or the sum of losses.
+    """A transformers model with the forward of `models/gpt.py`: logits, or the summed loss.
 
-    Parameter names are those of transformers behind the prefix `model.`, which the weights file
-    leaves out, so that `from_pretrained` reads it.
+    Parameters have transformers' names with the prefix `model.`. The weights file omits the prefix,
+    so `from_pretrained` can read it.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint_activations: bool = False) -> None:
@@ -60,8 +60,8 @@ class HFCausalLM(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         """As `GPT.forward`: `[batch, sequence]` to logits, or to a scalar loss with labels."""
-        # transformers makes a mask of documents from positions that start again. Keys and values of
-        # past tokens (use_cache) serve generation only.
+        # transformers builds a document mask from positions that restart. The key/value cache
+        # (use_cache) is only for generation.
         logits: Tensor = self.model(
             input_ids=tokens, position_ids=positions, use_cache=False
         ).logits
@@ -69,16 +69,16 @@ class HFCausalLM(nn.Module):
 
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with the initial weights that its own code draws from torch's global generator."""
+    """A model with initial weights drawn by its own code from torch's global generator."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 
 def from_pretrained(path: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with the weights in a folder or on the Hub, in fp32.
+    """A model with weights from a folder or the Hub, in fp32.
 
     Raises:
-        OSError: where there are no weights.
+        OSError: if there are no weights.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype="float32"

@@ -16,7 +16,7 @@ Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
 
 
 def initialize(model: GPT, seed: int, gather: Gather = lambda _: nullcontext()) -> None:
-    """Draw a model's initial weights; see `initialize_parameters`."""
+    """Initialise a model's weights; see `initialize_parameters`."""
     initialize_parameters(model.named_parameters(), model.config, seed, gather)
 
 
@@ -26,12 +26,12 @@ def initialize_parameters(
     seed: int,
     gather: Gather = lambda _: nullcontext(),
 ) -> None:
-    """Draw initial weights: normal matrices, with the residual ones scaled down by depth.
+    """Draw the initial weights: normally distributed matrices, residual ones scaled down by depth.
 
-    Each parameter has a generator of its own, seeded by `seed` and its canonical name, and is drawn
-    whole. So every layout starts from the same full tensors, whichever of them a rank holds, in
-    whatever order, and whatever part of them (a cut parameter is drawn at its whole shape). `gather`
-    makes a parameter whole over the data parallel ranks while it is written (ZeRO-3 holds a part of it).
+    Each parameter has its own generator, seeded by `seed` and its canonical name, and is drawn at
+    full size, even if the rank holds only a shard of it. So every layout starts from the same full
+    tensors, no matter which of them a rank holds, or in which order. `gather` collects a parameter
+    from the data parallel ranks while it is written (under ZeRO-3, each rank holds only a part).
 
     Source: GPT-2 (section 2.3) scales residual projections by 1 / sqrt(2 * layers).
     """

@@ -1,8 +1,8 @@
-"""Plain layer-wise model parallelism: one process, several devices, each with a run of the layers.
+"""Plain layer-wise model parallelism: one process, several devices, consecutive layers on each.
 
-The baseline that pipelines improve on. A batch goes through the devices one after the other, so that
-all but one wait at any time: p devices hold a model p times as large, and are as fast as one.
-Hugging Face Accelerate's `dispatch_model` moves what a layer needs to the layer's device.
+This is the baseline that pipelines improve on. A batch visits the devices one after the other, so
+only one device works at a time: p devices hold a model p times as large but run no faster than one.
+Hugging Face Accelerate's `dispatch_model` moves each layer's inputs to the layer's device.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ from models.gpt import GPT
 
 
 def device_map(model: GPT, devices: list[torch.device]) -> dict[str, torch.device]:
-    """Which device each part of the model goes to: blocks in equal runs, in their order.
+    """Map each part of the model to a device: consecutive blocks, equally many per device.
 
-    The output projection lies with the embedding where they are tied: the same weight on two devices
-    would be two weights, each with half of the gradient. The last norm goes with it.
+    A tied output projection goes on the embedding's device: on two devices, the shared weight would
+    become two weights, each with half of the gradient. The final norm goes with the projection.
 
     Raises:
-        ValueError: where there are more devices than blocks.
+        ValueError: if there are more devices than blocks.
     """
     layers = len(model.blocks)
     if len(devices) > layers:
@@ -33,14 +33,14 @@ def device_map(model: GPT, devices: list[torch.device]) -> dict[str, torch.devic
 
 
 def spread_over(model: GPT, devices: list[torch.device]) -> nn.Module:
-    """The same model with its layers on `devices`, to be called and trained as before.
+    """The same model with its layers spread over `devices`; call and train it as before.
 
-    Tokens `[batch, sequence]` may come on any device; the result is on the device of the tokens.
+    Tokens `[batch, sequence]` may be on any device; the result is on the same device.
 
     Raises:
         ValueError: as `device_map`.
     """
     places: dict[str, Any] = dict(device_map(model, devices))
-    # Forced, because with one kind of device (two CPUs in a test) Accelerate would add no hooks.
+    # Forced: if all devices are the same (two CPUs in a test), Accelerate would add no hooks.
     spread: nn.Module = dispatch_model(model, places, main_device=devices[0], force_hooks=True)
     return spread

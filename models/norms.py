@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, on one device or over ranks that each hold other tokens or heads."""
+"""LayerNorm and RMSNorm, on one device or over ranks that hold different tokens or heads."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,20 +9,20 @@ from models.parallel.topology import TensorParallel
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm; over `group`, each rank norms other tokens or heads with the same weights."""
+    """torch's LayerNorm; ranks of `group` share weights but normalise different tokens or heads."""
 
     def __init__(self, width: int, eps: float, group: Group) -> None:
         super().__init__(width, eps)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., width]` to the same shape. The gradients of the weights are sums over the ranks."""
+        """`[..., width]` to the same shape. Weight gradients are summed over the ranks."""
         weight, bias = (copy_to_group(p, self.group) for p in (self.weight, self.bias))
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm (arXiv:1910.07467); over `group`, as `LayerNorm` above."""
+    """torch's RMSNorm (arXiv:1910.07467); `group` as for `LayerNorm` above."""
 
     def __init__(self, width: int, eps: float, group: Group) -> None:
         super().__init__(width, eps)
@@ -36,10 +36,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 def norm_class(config: GPTConfig) -> type[LayerNorm] | type[RMSNorm]:
-    """The config's norm."""
+    """The norm class that the config selects."""
     return LayerNorm if config.norm == "layernorm" else RMSNorm
 
 
 def make_norm(config: GPTConfig, tp: TensorParallel) -> nn.Module:
-    """The config's norm of the residual stream, which sequence parallelism cuts along the tokens."""
+    """The config's norm for the residual stream, which sequence parallelism shards by tokens."""
     return norm_class(config)(config.hidden, config.norm_eps, tp.sequence_group)

@@ -2,14 +2,14 @@
 
     token embedding | position | block 0 | ... | block L-1 | norm | output projection
 
-Each layer maps one tensor to one: token ids, then the residual stream, then logits. A stage runs a
-run of them and sends what comes out to the next one; on the way back, the gradient of what it was
-sent. Inside a stage the layers are those of `models/gpt.py`, sharded over tensor ranks or not. Where
-rows hold several documents, the positions travel with the residual stream: attention on every stage
-needs them.
+Each layer maps one tensor to one tensor: token ids, then the residual stream, then logits. A stage
+runs consecutive layers and sends its output to the next stage; in the backward pass, it sends the
+gradient of its input to the previous stage. Inside a stage, the layers are those of
+`models/gpt.py`, sharded over tensor ranks or not. If rows hold several documents, the positions
+travel with the residual stream, because attention on every stage needs them.
 
-A tied output projection is the token embedding again. Where the two lie on different stages, each has
-a copy, and DeepSpeed adds up the copies' gradients before the step (`TiedLayerSpec`).
+A tied output projection reuses the token embedding. If the two are on different stages, each stage
+has a copy, and DeepSpeed sums the copies' gradients before the step (`TiedLayerSpec`).
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def tied_projection(
 
 
 def layer_specs(config: GPTConfig, tp: TensorParallel) -> list[LayerSpec]:
-    """The chain of layers, none of them built yet: a stage builds only its own."""
+    """The chain of layers, not built yet: a stage builds only its own."""
     embedding = (VocabParallelEmbedding, config.vocab, config.hidden, tp.group)
     first, last = LayerSpec(*embedding), LayerSpec(Output, config, tp)
     if config.tied:
@@ -61,9 +61,10 @@ def layer_specs(config: GPTConfig, tp: TensorParallel) -> list[LayerSpec]:
 
 
 class GPTPipeline(PipelineModule):
-    """This rank's stage of a GPT. DeepSpeed's engine runs it, in the order of `pipeline_schedules.py`.
+    """This rank's stage of a GPT, run by DeepSpeed's engine.
 
-    Parameters are uninitialised; `canonical_parameters` names them as the model on one device does.
+    The order of passes is in `pipeline_schedules.py`. Parameters are uninitialised;
+    `canonical_parameters` gives them their single-device names.
 
     Raises:
         ValueError: as `stage_bounds`.
@@ -77,7 +78,7 @@ class GPTPipeline(PipelineModule):
         partition: str = "parameters",
         checkpoint_activations: bool = False,
     ) -> None:
-        # Before nn.Module.__init__ plain values only: PipelineModule cuts and builds in its own.
+        # Only plain values before nn.Module.__init__; PipelineModule's own partitions and builds.
         self.bounds = stage_bounds(config, grid["pipeline"], partition)
         self.config, self.tp = config, tp
         self.checkpoint_activations = checkpoint_activations
@@ -90,12 +91,12 @@ class GPTPipeline(PipelineModule):
         )
 
     def forward(self, sent: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """What this stage makes of what it was sent, in place of DeepSpeed's layer after layer.
+        """Run this stage's layers; replaces DeepSpeed's own loop over them.
 
-        A stage is sent token ids `[batch, sequence]` or the residual stream `[batch, sequence, hidden]`
-        (sequence / ranks with sequence parallelism), and positions `[batch, sequence]` beside them
-        where rows hold several documents. It passes both on; the last one returns logits
-        `[batch, sequence, ceil(vocab / ranks)]`.
+        The input is token ids `[batch, sequence]` or the residual stream
+        `[batch, sequence, hidden]` (sequence / ranks with sequence parallelism), plus positions
+        `[batch, sequence]` if rows hold several documents. The stage passes both on; the last stage
+        returns logits `[batch, sequence, ceil(vocab / ranks)]`.
         """
         x, positions = sent if isinstance(sent, tuple) else (sent, None)
         shards = self.tp.size if self.tp.sequence_parallel and self.stage_id > 0 else 1
@@ -113,11 +114,11 @@ class GPTPipeline(PipelineModule):
         return x, positions
 
     def loss(self, logits: Tensor, target: tuple[Tensor, ...]) -> Tensor:
-        """A micro batch's part of the loss, the same scalar on every tensor rank.
+        """A micro batch's contribution to the loss, the same scalar on every tensor rank.
 
         Logits are `[batch, sequence, ceil(vocab / ranks)]`. The target holds the labels
-        `[batch, sequence]`, the number that the sum of their losses is divided by, and, where labels
-        count unequally, their weights `[batch, sequence]`.
+        `[batch, sequence]`, the denominator of the summed loss and, if labels have unequal weights,
+        those weights `[batch, sequence]`.
         """
         labels, denominator, *weights = target
         total = vocab_parallel_cross_entropy(
@@ -126,15 +127,16 @@ class GPTPipeline(PipelineModule):
         return total / denominator
 
     def _partition_layers(self, method: str = "") -> None:
-        # DeepSpeed's own would build every layer of the model on every rank to count its parameters.
+        # DeepSpeed's version builds every layer of the model on every rank to count its parameters.
         self.parts = self.bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This stage's parameters by their names on one device, tied copies as the embedding.
+        """This stage's parameters by their single-device names.
 
-        As this rank holds them: cut ones with `parameter.shard`.
+        A tied copy has the embedding's name. Parameters are as this rank holds them: sharded ones
+        carry `parameter.shard`.
         """
         prefixes = ["embedding.token", "embedding.position"]
         prefixes += [f"blocks.{i}" for i in range(self.config.layers)] + ["norm", "output"]

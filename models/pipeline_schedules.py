@@ -1,14 +1,14 @@
-"""In which order a stage runs its forward and backward passes, for DeepSpeed's pipeline engine.
+"""The order of a stage's forward and backward passes, for DeepSpeed's pipeline engine.
 
-All three compute the same gradients; they differ in how long ranks wait (the bubble) and in how many
-micro batches' activations are alive at once. With p stages and m micro batches:
+All three schedules compute the same gradients. They differ in idle time (the bubble) and in how
+many micro batches' activations are alive at once. With p stages and m micro batches:
 
     schedule   idle share of a step       micro batches alive on stage s
     1f1b       (p - 1) / (m + p - 1)      at most p - s         DeepSpeed's TrainSchedule
     gpipe      (p - 1) / (m + p - 1)      m                     arXiv:1811.06965
     naive      (p - 1) / p                1
 
-For p = 3, m = 4 (numbers: forward of a micro batch; letters: its backward, taken to last as long):
+For p = 3, m = 4 (numbers: forward passes; letters: backward passes, assumed to take as long):
 
     gpipe  stage 0   1 2 3 4 . . . . A B C D      1f1b   1 2 3 . . A 4 B . C . D
            stage 1   . 1 2 3 4 . . A B C D .             . 1 2 . A 3 B 4 C . D .
@@ -38,19 +38,20 @@ Instructions = list[PipeInstruction]
 
 
 class KeepLoss(BufferOpInstruction):
-    """Put the loss of the last forward pass into a buffer.
+    """Save the loss of the last forward pass in a buffer.
 
-    DeepSpeed's engine keeps one loss, that of the last forward pass, and takes the backward pass on
-    the last stage from it. That is right where a backward pass follows each forward pass at once.
+    DeepSpeed's engine keeps only the loss of the last forward pass and starts the last stage's
+    backward pass from it. That is correct only if each forward pass is immediately followed by its
+    backward pass.
     """
 
 
 class TakeLoss(BufferOpInstruction):
-    """Make the loss in a buffer the one that the next backward pass starts from."""
+    """Start the next backward pass from the loss in a buffer."""
 
 
 class _InOrder(PipeSchedule):
-    """What the two simple schedules share: whole forwards, whole backwards, and the step."""
+    """Shared by the two simple schedules: whole forwards, whole backwards, and the step."""
 
     def _forward(self, buffer: int) -> Instructions:
         todo: Instructions = []
@@ -90,7 +91,7 @@ class GPipeSchedule(_InOrder):
 
 
 class NaiveSchedule(_InOrder):
-    """One micro batch in flight: plain layer-wise model parallelism, where one stage works at a time."""
+    """One micro batch in flight: plain layer-wise model parallelism, one busy stage at a time."""
 
     def steps(self) -> Iterator[Instructions]:
         """The instructions of one optimizer step, a micro batch at a time."""
@@ -99,7 +100,7 @@ class NaiveSchedule(_InOrder):
         yield self._step()
 
     def num_pipe_buffers(self) -> int:
-        """One, which every micro batch uses in its turn."""
+        """One buffer, reused by every micro batch."""
         return 1
 
 

@@ -1,4 +1,4 @@
-"""Where a pipeline is cut, how long its stages wait, and how many micro batches they hold.
+"""How a pipeline is split into stages, how long they idle, and how many micro batches they hold.
 
 Imports neither torch nor DeepSpeed: a layout can be planned without them.
 """
@@ -11,9 +11,9 @@ from models.config import GPTConfig, parameters_by_layer
 
 
 def ideal_bubble(schedule: str, stages: int, micro_batches: int) -> float:
-    """The share of a step in which a stage waits, if all passes take equally long and messages no time.
+    """A stage's idle share of a step, if all passes take equally long and messages take no time.
 
-    Source: arXiv:2104.04473, section 2.2, as a share of the whole step and not of its useful part.
+    Source: arXiv:2104.04473, section 2.2, but as a share of the whole step, not of the ideal time.
 
     Raises:
         KeyError: for an unknown schedule.
@@ -26,16 +26,17 @@ def ideal_bubble(schedule: str, stages: int, micro_batches: int) -> float:
 
 
 def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
-    """Where the chain is cut: stage s runs layers bounds[s] to bounds[s + 1] - 1.
+    """The bounds of the stages: stage s runs layers bounds[s] to bounds[s + 1] - 1.
 
     Args:
         config: the model; its chain has `layers + 4` layers.
         stages: the pipeline parallel size.
-        partition: "parameters" makes the largest stage as small as can be, "uniform" gives each as
-            many layers, and "type:REGEX" as many layers whose name (`models.config`) matches.
+        partition: "parameters" makes the largest stage as small as possible, "uniform" gives each
+            stage equally many layers, and "type:REGEX" equally many layers whose name
+            (`models.config`) matches.
 
     Raises:
-        ValueError: where the partition is none of these, its REGEX matches fewer layers than there are
+        ValueError: if the partition is none of these, its REGEX matches fewer layers than there are
             stages, or a stage would have no parameters to train.
     """
     layers = parameters_by_layer(config)
@@ -65,24 +66,24 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
 
 
 def micro_batches_alive(schedule: str, stages: int, stage: int, micro_batches: int) -> int:
-    """Whose activations a stage holds at once, at most: the table of `models/pipeline_schedules.py`."""
+    """Peak number of micro batches alive on a stage (table: `models/pipeline_schedules.py`)."""
     if stages == 1 or schedule == "naive":
         return 1
     return micro_batches if schedule == "gpipe" else min(stages - stage, micro_batches)
 
 
 def uniform_bounds(layers: int, stages: int) -> list[int]:
-    """Cut `layers` layers into runs of equal length; the first runs take the remainder."""
+    """Split `layers` layers into stages of equal length; the first stages take the remainder."""
     length, rest = divmod(layers, stages)
     return [stage * length + min(stage, rest) for stage in range(stages + 1)]
 
 
 def balanced_bounds(sizes: list[int], stages: int) -> list[int]:
-    """Cut a chain of layers so that the largest and the smallest stage are close.
+    """Split a chain of layers so that the largest and the smallest stage are close in size.
 
     Dynamic programming over (layers taken, stages filled), keeping the smallest spread between the
-    largest and the smallest stage. It gives the bounds of DeepSpeed's `partition_balanced`, ties
-    included, which a test compares.
+    largest and the smallest stage. The bounds equal those of DeepSpeed's `partition_balanced`, ties
+    included; a test compares them.
 
     Args:
         sizes: parameters (or any cost) of each layer of the chain.

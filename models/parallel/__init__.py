@@ -1,4 +1,4 @@
 """Collectives, tensor-parallel layers, random numbers and process groups.
 
-Knows no model, and imports nothing but torch: copy the folder as it is.
+Independent of any model; imports nothing but torch, so the folder can be copied as is.
 """

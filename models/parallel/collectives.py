@@ -1,7 +1,7 @@
 """The collectives of tensor parallelism as autograd functions, each with an explicit group.
 
-Megatron-LM (arXiv:1909.08053, section 3) calls the first two f and g: where one does nothing on the
-way forward it sums on the way back, and the other way round.
+Megatron-LM (arXiv:1909.08053, section 3) calls the first two f and g: f is the identity in the
+forward pass and an all-reduce in the backward pass; g is the reverse.
 
     function            forward                    backward
     copy_to_group       the same tensor            all-reduce (sum)           f
@@ -11,17 +11,18 @@ way forward it sums on the way back, and the other way round.
     all_gather          all-gather                 reduce-scatter (sum)       sequence parallelism,
     reduce_scatter      reduce-scatter (sum)       all-gather                 arXiv:2205.05198
 
-The two kinds of gather differ in what follows. After `gather_from_group` every rank does the same
-with the whole, so every rank has the whole gradient and takes its part. After `all_gather` each rank
-goes on to work of its own (its heads, its columns), so the gradients have to be summed.
+The two gathers differ in what follows them. After `gather_from_group`, every rank does the same
+work on the whole tensor, so every rank has the whole gradient and takes its part. After
+`all_gather`, each rank does different work (its heads, its columns), so the gradients must be
+summed.
 
-Two mistakes that are often copied: a plain `dist.all_reduce` in the forward of a row-parallel layer,
-which changes a tensor behind autograd's back (right by luck after a linear layer, which does not keep
-its output; wrong after what does); and a column-parallel layer whose input is not wrapped in
-`copy_to_group`: its weights still get the right gradient, and everything below it only this rank's
-part of one. Neither raises anything.
+Two mistakes are often copied, and neither raises an error. One is a plain `dist.all_reduce` in the
+forward of a row-parallel layer: it changes a tensor behind autograd's back, which happens to work
+after a linear layer (which does not save its output) and is wrong after any op that does. The other
+is a column-parallel layer whose input is not wrapped in `copy_to_group`: its weights still get the
+right gradient, but everything below it gets only this rank's part.
 
-With a group of one rank, or None, every function returns what it was given.
+With a group of one rank, or None, every function returns its input.
 """
 
 from collections.abc import Callable
@@ -33,18 +34,18 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
-# torch 2.13 renames the collectives on one tensor; the old names warn there, 2.11 lacks the new ones.
+# torch 2.13 renames the single-tensor collectives and warns about the old names; 2.11 lacks the new.
 _all_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def group_size(group: Group) -> int:
-    """Number of ranks in a group; None is this rank alone."""
+    """Number of ranks in a group; 1 for None (this rank alone)."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def group_rank(group: Group) -> int:
-    """This rank's number in a group; None is this rank alone."""
+    """This rank's index in a group; 0 for None (this rank alone)."""
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -82,12 +83,12 @@ def _reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def _run(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    apply: Any = function.apply  # torch gives it no types
+    apply: Any = function.apply  # torch does not type it
     result: Tensor = apply(*arguments)
     return result
 
 
-# Not traced by torch.compile: traced by torch 2.11, in bf16 over NCCL, a model did not learn at all.
+# Hidden from torch.compile: when torch 2.11 traced them (bf16, NCCL), a model did not learn at all.
 untraced: Callable[..., Tensor] = torch.compiler.disable(_run)
 
 
@@ -157,30 +158,30 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
-    """Give a tensor that all ranks share to work that differs by rank. Any shape, and the same out.
+    """Pass a tensor that all ranks share to work that differs by rank. Any shape; same shape out.
 
-    Also for a weight that all ranks share and use on different tokens or heads: its gradient is then
-    the sum over the ranks.
+    Use it too for a shared weight that ranks apply to different tokens or heads: its gradient is
+    then summed over the ranks.
     """
     return x if group_size(group) == 1 else untraced(_Copy, x, group)
 
 
 def reduce_from_group(x: Tensor, group: Group) -> Tensor:
-    """Add up what the ranks have computed, each a part of the sum. Any shape, and the same out."""
+    """Sum the ranks' partial results. Any shape; same shape out."""
     return x if group_size(group) == 1 else untraced(_Reduce, x, group)
 
 
 def scatter_to_group(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's part of a tensor that all ranks share: `[..., n, ...]` to `[..., n / ranks, ...]`.
+    """This rank's part of a shared tensor: `[..., n, ...]` to `[..., n / ranks, ...]`.
 
     Raises:
-        ValueError: where the ranks do not divide dimension `dim`.
+        ValueError: if dimension `dim` is not divisible by the number of ranks.
     """
     return x if group_size(group) == 1 else untraced(_Scatter, x, dim, group)
 
 
 def gather_from_group(x: Tensor, dim: int, group: Group) -> Tensor:
-    """The whole of what the ranks hold parts of, for the same use on every rank.
+    """The whole tensor from the ranks' parts, when every rank then does the same work.
 
     `[..., n, ...]` to `[..., n * ranks, ...]`.
     """
@@ -188,9 +189,9 @@ def gather_from_group(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
-    """The whole of what the ranks hold parts of, for work that differs by rank.
+    """The whole tensor from the ranks' parts, when the ranks then do different work.
 
-    `[..., n, ...]` to `[..., n * ranks, ...]`. Into a column-parallel layer: dimension 1 of
+    `[..., n, ...]` to `[..., n * ranks, ...]`. Before a column-parallel layer: dimension 1 of
     `[batch, sequence / ranks, hidden]`.
     """
     return x if group_size(group) == 1 else untraced(_AllGather, x, dim, group)
@@ -199,9 +200,9 @@ def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's part of the sum over the ranks: `[..., n, ...]` to `[..., n / ranks, ...]`.
 
-    Out of a row-parallel layer: dimension 1 of `[batch, sequence, hidden]`.
+    After a row-parallel layer: dimension 1 of `[batch, sequence, hidden]`.
 
     Raises:
-        ValueError: where the ranks do not divide dimension `dim`.
+        ValueError: if dimension `dim` is not divisible by the number of ranks.
     """
     return x if group_size(group) == 1 else untraced(_ReduceScatter, x, dim, group)

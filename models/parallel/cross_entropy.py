@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary that is divided among tensor ranks."""
+"""Cross entropy over a vocabulary sharded over tensor ranks."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None)
     Args:
         logits: `[..., vocab]`.
         labels: `[...]` token ids.
-        weights: `[...]`, how much each token's loss counts; None: once.
+        weights: `[...]`, the weight of each token's loss; None: all 1.
     """
     scores, ids = logits.float().flatten(0, -2), labels.flatten()
     if weights is None:
@@ -34,7 +34,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         width = logits.shape[-1]
         first = group_rank(group) * width
         scores = logits.float()
-        if first + width > vocab:  # columns that pad the vocabulary are never a word
+        if first + width > vocab:  # padding columns are not tokens
             padding = torch.arange(first, first + width, device=logits.device) >= vocab
             scores = scores.masked_fill(padding, -torch.inf)
         largest = scores.amax(-1)
@@ -66,16 +66,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 def vocab_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, weights: Tensor | None, vocab: int, group: Group
 ) -> Tensor:
-    """Sum over all tokens of -log p(label), in fp32, from logits of which each rank has columns.
+    """Sum over all tokens of -log p(label), in fp32, from vocab-parallel logits.
 
-    What crosses the ranks is three numbers per token, and never the logits (arXiv:1909.08053, section
-    3).
+    The ranks exchange three numbers per token, never the logits (arXiv:1909.08053, section 3).
 
     Args:
         logits: `[..., padded vocab / ranks]`; rank r has columns r * width to (r + 1) * width.
         labels: `[...]` token ids, the same on every rank.
-        weights: `[...]`, how much each token's loss counts, the same on every rank; None: once.
-        vocab: the number of real columns; those after it are padding.
+        weights: `[...]`, the weight of each token's loss, the same on every rank; None: all 1.
+        vocab: the number of real columns; the rest are padding.
         group: the tensor parallel ranks.
 
     Returns:

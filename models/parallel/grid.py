@@ -4,21 +4,22 @@ Ranks are numbered with the last axis innermost:
 
     rank = (stage * data + data_rank) * tensor + tensor_rank
 
-so that a tensor group, which talks several times a layer, is a run of neighbours on one host, and
-pipeline stages, which talk once per micro batch, are furthest apart (arXiv:2104.04473, section 3). It is
-the order of DeepSpeed's PipeModelDataParallelTopology. On 8 ranks with tensor 2, pipeline 2:
+A tensor group communicates several times per layer, so its ranks are neighbours on one host.
+Pipeline stages communicate once per micro batch, so they are furthest apart (arXiv:2104.04473,
+section 3). DeepSpeed's PipeModelDataParallelTopology uses the same order. On 8 ranks with tensor 2,
+pipeline 2:
 
     stage 0:  data 0: ranks 0 1     stage 1:  data 0: ranks 4 5
               data 1: ranks 2 3               data 1: ranks 6 7
 
     groups("tensor")              0 1 | 2 3 | 4 5 | 6 7   one layer's matrices, sharded
     groups("data")                0 2 | 1 3 | 4 6 | 5 7   the same weights, other samples
-    groups("pipeline")            0 4 | 1 5 | 2 6 | 3 7   one sample's way through the layers
+    groups("pipeline")            0 4 | 1 5 | 2 6 | 3 7   one sample's path through the layers
     groups("pipeline", "tensor")  0 1 4 5 | 2 3 6 7       one whole model
 
-A new axis is an entry of `AXES`. torch's DeviceMesh has the same arithmetic, but wants torch and an
-initialised process group for it; here 1,024 ranks are planned on a laptop, and DeepSpeed asks for
-process groups, which `topology.py` makes from this.
+To add an axis, add an entry to `AXES`. torch's DeviceMesh does the same arithmetic, but needs torch
+and an initialised process group. With this file, a laptop can plan 1,024 ranks; `topology.py`
+creates the process groups that DeepSpeed needs from it.
 """
 
 import itertools
@@ -26,7 +27,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-# Outermost first, with what the ranks along an axis divide among themselves.
+# Outermost first. The value says what is divided among the ranks along the axis.
 AXES = {"pipeline": "weights", "data": "samples", "tensor": "weights"}
 WEIGHT_AXES = tuple(axis for axis, divided in AXES.items() if divided == "weights")
 SAMPLE_AXES = tuple(axis for axis, divided in AXES.items() if divided == "samples")
@@ -36,7 +37,7 @@ SAMPLE_AXES = tuple(axis for axis, divided in AXES.items() if divided == "sample
 class Grid(Mapping[str, int]):
     """The size of every axis of `AXES`, in that order: `Grid(tensor=2, data=4)["tensor"]` is 2.
 
-    An axis that is left out has one rank.
+    An omitted axis has size 1.
 
     Raises:
         ValueError: for an axis that is not in `AXES`.
@@ -47,7 +48,7 @@ class Grid(Mapping[str, int]):
     def __init__(self, **sizes: int) -> None:
         for axis in sizes:
             _check(axis)
-        # A frozen dataclass sets its fields only so.
+        # A frozen dataclass can only set fields this way.
         object.__setattr__(self, "sizes", tuple(sizes.get(axis, 1) for axis in AXES))
 
     def __getitem__(self, axis: str) -> int:
@@ -70,7 +71,7 @@ class Grid(Mapping[str, int]):
         return math.prod(self[axis] for axis in WEIGHT_AXES)
 
     def describe(self) -> str:
-        """For a person, for example "pipeline 2 x data 4 x tensor 1"."""
+        """A readable form, for example "pipeline 2 x data 4 x tensor 1"."""
         return " x ".join(f"{axis} {size}" for axis, size in self.items())
 
     def rank(self, **coordinates: int) -> int:
@@ -88,7 +89,7 @@ class Grid(Mapping[str, int]):
         return {axis: found[axis] for axis in AXES}
 
     def groups(self, *axes: str) -> list[list[int]]:
-        """All groups of ranks that differ along these axes alone, in the order of their first ranks.
+        """All groups of ranks that differ only along these axes, ordered by their first ranks.
 
         Raises:
             ValueError: for an axis that is not in `AXES`.
@@ -103,7 +104,7 @@ class Grid(Mapping[str, int]):
         return list(found.values())
 
     def key_value_groups(self, sharing: int) -> list[list[int]]:
-        """Each tensor group in runs of `sharing` ranks, which have one key/value head in common."""
+        """Each tensor group split into runs of `sharing` ranks that share one key/value head."""
         return [
             ranks[first : first + sharing]
             for ranks in self.groups("tensor")

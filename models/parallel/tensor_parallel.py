@@ -1,17 +1,17 @@
-"""Linear layers and an embedding sharded over tensor parallel ranks (Megatron-LM, arXiv:1909.08053).
+"""Linear layers and an embedding sharded over tensor ranks (Megatron-LM, arXiv:1909.08053).
 
-A column-parallel layer and then a row-parallel one make a pair with one all-reduce each way: the
-first cuts its outputs, so that each rank computes features of its own; what is between them (GELU,
-attention heads) works on those alone; the second cuts its inputs to match, and the sum over the ranks
-is the result.
+A column-parallel layer followed by a row-parallel one needs one all-reduce in each direction. The
+first shards its outputs, so each rank computes its own features. Whatever is between them (GELU,
+attention heads) works on those features alone. The second shards its inputs to match, and its
+result is the sum over the ranks.
 
-Each layer takes a plain process group and stands on its own; with None it is the layer of one device.
-Under sequence parallelism (arXiv:2205.05198) what lies outside such a pair is sharded along the sequence:
-the first gathers it, and the second scatters the sum.
+Each layer takes a plain process group and can be used alone; with None it is a single-device layer.
+Under sequence parallelism (arXiv:2205.05198), activations outside such a pair are sharded along the
+sequence: the first layer gathers them, and the second reduce-scatters its result.
 
-A cut parameter says how it is cut in `parameter.shard`, and is marked `tensor_model_parallel`, by
-which DeepSpeed knows that its gradient is one of several parts of the norm. Parameters without the
-mark are the same on every rank and count once.
+A sharded parameter describes its sharding in `parameter.shard` and is marked
+`tensor_model_parallel`, which tells DeepSpeed that its gradient is only a part of the norm.
+Parameters without the mark are the same on every rank and count once.
 """
 
 from collections.abc import Sequence
@@ -35,13 +35,13 @@ from models.parallel.collectives import (
 
 @dataclass(frozen=True)
 class Shard:
-    """How a whole parameter is sharded along `dim` over `size` ranks, of which this is `rank`.
+    """How a whole parameter is sharded along `dim` over `size` ranks; `rank` is this rank.
 
-    `parts` are the sizes of pieces that are each cut by themselves, for a matrix that holds several:
-    the rows of queries, keys and values, or of SwiGLU's gate and up. Every rank then holds a piece of
-    each, in that order. (Cut as one matrix, rank 0 of 2 would get all the queries and half the keys;
-    `chunk(qkv, 3)` on that gives neither an error nor attention.) A part that the ranks do not
-    divide is padded with zeros at its end.
+    `parts` are the sizes of the parts of a fused matrix, which are sharded separately: the rows of
+    queries, keys and values, or of SwiGLU's gate and up. Every rank then holds a piece of each, in
+    that order. (Sharded as one matrix, rank 0 of 2 would get all the queries and half the keys, and
+    `chunk(qkv, 3)` would silently compute something other than attention.) A part that is not
+    divisible by the ranks is padded with zeros at its end.
     """
 
     dim: int
@@ -51,11 +51,11 @@ class Shard:
 
     @property
     def widths(self) -> list[int]:
-        """Each part's size on a rank."""
+        """Each part's size on one rank."""
         return [-(-part // self.size) for part in self.parts]
 
     def whole_shape(self, local: Sequence[int]) -> list[int]:
-        """The whole parameter's shape, from that of a rank's."""
+        """The whole parameter's shape, from a shard's shape."""
         return [sum(self.parts) if d == self.dim else n for d, n in enumerate(local)]
 
     def cut(self, whole: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Shard:
         return torch.cat(pieces, self.dim)
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
-        """The whole parameter, from the shards of all ranks in their order; padding is dropped."""
+        """The whole parameter, from the shards of all ranks in rank order; padding is dropped."""
         split = [shard.split(self.widths, self.dim) for shard in shards]
         parts = [torch.cat(pieces, self.dim) for pieces in zip(*split, strict=True)]
         whole = [p.narrow(self.dim, 0, n) for p, n in zip(parts, self.parts, strict=True)]
@@ -85,7 +85,7 @@ def _cut_parameter(
     local = [sum(shard.widths) if d == dim else n for d, n in enumerate(shape)]
     parameter = nn.Parameter(torch.empty(local))
     if shard.size > 1:
-        marked: Any = parameter  # torch's type does not know of marks
+        marked: Any = parameter  # torch's type lacks these attributes
         marked.shard, marked.tensor_model_parallel = shard, True
     return parameter
 
@@ -99,11 +99,11 @@ def _check_divides(what: str, parts: Sequence[int], group: Group) -> None:
 def column_parallel(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool
 ) -> Tensor:
-    """`x W^T + b` with the rows of W on different ranks.
+    """`x W^T + b` with the rows of W sharded over the ranks.
 
     `x` is `[batch, sequence, in]`, the same on every rank, or `[batch, sequence / ranks, in]` with
-    `sequence_parallel`; `weight` is this rank's `[out / ranks, in]`, `bias` `[out / ranks]`; the result
-    is `[batch, sequence, out / ranks]`.
+    `sequence_parallel`. This rank's `weight` is `[out / ranks, in]` and its `bias` `[out / ranks]`.
+    The result is `[batch, sequence, out / ranks]`.
     """
     x = all_gather(x, 1, group) if sequence_parallel else copy_to_group(x, group)
     return F.linear(x, weight, bias)
@@ -112,11 +112,11 @@ def column_parallel(
 class ColumnParallelLinear(nn.Module):
     """`x W^T + b` with the outputs sharded over the ranks.
 
-    Weight: whole `[sum(parts), in]`, on a rank `[sum(parts) / ranks, in]`; the bias alike. See
-    `Shard` for `parts`. With `pad`, a part need not be a multiple of the ranks.
+    Weight: `[sum(parts), in]`, per rank `[sum(parts) / ranks, in]`; the bias likewise. See `Shard`
+    for `parts`. With `pad`, a part need not be a multiple of the ranks.
 
     Raises:
-        ValueError: where the ranks do not divide a part, without `pad`.
+        ValueError: if a part is not divisible by the number of ranks, without `pad`.
     """
 
     def __init__(
@@ -136,17 +136,20 @@ class ColumnParallelLinear(nn.Module):
         self.bias = _cut_parameter([sum(parts)], 0, parts, group) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, sequence, in]` to `[batch, sequence, sum(parts) / ranks]`; see `column_parallel`."""
+        """`[batch, sequence, in]` to `[batch, sequence, sum(parts) / ranks]`.
+
+        See `column_parallel`.
+        """
         return column_parallel(x, self.weight, self.bias, self.group, self.sequence_parallel)
 
 
 class RowParallelLinear(nn.Module):
     """`x W^T + b` with the inputs sharded over the ranks, as a column-parallel layer leaves them.
 
-    Weight: whole `[out, in]`, on a rank `[out, in / ranks]`. The bias is whole on every rank.
+    Weight: `[out, in]`, per rank `[out, in / ranks]`. The bias is whole on every rank.
 
     Raises:
-        ValueError: where the ranks do not divide `in_features`.
+        ValueError: if `in_features` is not divisible by the number of ranks.
     """
 
     def __init__(
@@ -177,14 +180,14 @@ class RowParallelLinear(nn.Module):
             y = reduce_from_group(partial, self.group)
         if self.bias is None:
             return y
-        # After the sum: added before it, every rank would add the bias once.
+        # After the sum; otherwise the bias would be added once per rank.
         return y + (copy_to_group(self.bias, self.group) if self.sequence_parallel else self.bias)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding with the vocabulary sharded over the ranks, padded where they do not divide it.
+    """An embedding with the vocabulary sharded over the ranks, padded to a multiple of them.
 
-    Weight: whole `[vocab, hidden]`, on a rank `[ceil(vocab / ranks), hidden]`.
+    Weight: `[vocab, hidden]`, per rank `[ceil(vocab / ranks), hidden]`.
     """
 
     def __init__(self, vocab: int, hidden: int, group: Group = None) -> None:

@@ -10,11 +10,11 @@ from models.parallel.grid import AXES, SAMPLE_AXES, WEIGHT_AXES, Grid
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """What the model needs to know of the topology. The default is a model on one rank.
+    """What the model needs to know about the topology. The default is one rank.
 
-    `key_value_group` are the tensor ranks that share one key/value head, where there are fewer such
-    heads than ranks. `sequence_parallel` cuts along the sequence what tensor parallelism leaves whole
-    (arXiv:2205.05198).
+    `key_value_group` holds the tensor ranks that share one key/value head, if there are fewer such
+    heads than ranks. `sequence_parallel` shards along the sequence the activations that tensor
+    parallelism leaves whole (arXiv:2205.05198).
     """
 
     group: Group = None
@@ -28,7 +28,7 @@ class TensorParallel:
 
     @property
     def sequence_group(self) -> Group:
-        """The ranks that hold different tokens of the residual stream; None where all hold all."""
+        """The ranks that hold different tokens of the residual stream; None if each holds all."""
         return self.group if self.sequence_parallel else None
 
 
@@ -38,10 +38,10 @@ ONE_RANK = TensorParallel()
 class Topology:
     """This rank's place in a grid, with its process groups. It is also DeepSpeed's `mpu`.
 
-    DeepSpeed asks an mpu for its data parallel group, over which gradients are averaged and ZeRO cuts,
-    and for its model parallel group, over which norms are summed and overflows are found.
+    DeepSpeed asks an mpu for its data parallel group, to average gradients and partition ZeRO's
+    state, and for its model parallel group, to sum norms and detect overflows.
 
-    A collective: every rank makes every group, in the same order.
+    Creating one is collective: every rank creates every group, in the same order.
     """
 
     def __init__(self, grid: Grid, sharing_key_values: int = 1) -> None:
@@ -59,17 +59,17 @@ class Topology:
         )
 
     def tensor_parallel(self, sequence_parallel: bool = False) -> TensorParallel:
-        """The model's view of this."""
+        """The model's view of this topology."""
         if self.grid["tensor"] == 1:
             return ONE_RANK
         return TensorParallel(self.groups["tensor"], self.key_value_group, sequence_parallel)
 
     def get_model_parallel_rank(self) -> int:
-        """This rank's place among those that hold one model."""
+        """This rank's index among the ranks that hold one model."""
         return group_rank(self.model_group)
 
     def get_model_parallel_world_size(self) -> int:
-        """Over how many ranks one model is cut."""
+        """The number of ranks that hold one model together."""
         return group_size(self.model_group)
 
     def get_model_parallel_group(self) -> Group:
@@ -77,7 +77,7 @@ class Topology:
         return self.model_group
 
     def get_tensor_model_parallel_rank(self) -> int:
-        """The tensor coordinate: where it is 0, a parameter without a mark is counted in the norm."""
+        """The tensor coordinate; unmarked parameters count in the norm only where it is 0."""
         return self.coordinates["tensor"]
 
     def get_tensor_model_parallel_world_size(self) -> int:
@@ -85,19 +85,19 @@ class Topology:
         return self.grid["tensor"]
 
     def get_tensor_model_parallel_group(self) -> Group:
-        """The ranks among which each matrix is cut."""
+        """The ranks over which each matrix is sharded."""
         return self.groups["tensor"]
 
     def get_data_parallel_rank(self) -> int:
-        """This rank's place among those with the same weights: which samples it reads."""
+        """This rank's index among those with the same weights; decides which samples it reads."""
         return group_rank(self.sample_group)
 
     def get_data_parallel_world_size(self) -> int:
-        """Over how many ranks gradients are averaged."""
+        """The number of ranks over which gradients are averaged."""
         return group_size(self.sample_group)
 
     def get_data_parallel_group(self) -> Group:
-        """The ranks with the same weights and other samples."""
+        """The ranks with the same weights and different samples."""
         return self.sample_group
 
 
