@@ -1,9 +1,9 @@
-"""Train a recipe: read it, build the engine, loop, and say what came out.
+"""Train a recipe: read it, build the engine, run the training loop, and report the result.
 
     deepspeed launch/train.py --config recipes/gpt_tiny_zero2.yaml --set train.steps=30
 
 Works the same under `deepspeed`, `torchrun` and `accelerate launch`, and without a launcher on one
-device. `train` below is the whole of it, in the order in which it happens.
+device. `train` below shows the whole run, in order.
 """
 
 import sys
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 
 def train(recipe: Recipe, resume: str | None) -> None:
-    """Run a recipe to its end on this rank.
+    """Run a recipe to the end on this rank.
 
     Raises:
-        UserError: for whatever a person can fix; see `launch/errors.py`.
+        UserError: for any error that the user can fix; see `launch/errors.py`.
     """
     clock = Stopwatch(STARTED)
     clock.lap("interpreter and recipe")
@@ -111,7 +111,7 @@ def train(recipe: Recipe, resume: str | None) -> None:
             validation_loss = evaluate(engine, validation)
             if metrics:
                 metrics.log_validation(step, validation_loss)
-        # Last: what a step has recorded is whole when a run resumes from it.
+        # Checked last, so that the step's records are complete when the run resumes.
         stopping = step < steps and stop_requested(run, ranks)
         if stopping or (save_every and (step % save_every == 0 or step == steps)):
             checkpoint.save(engine, run, step, recipe.checkpoint.keep, identity, ranks)
@@ -136,10 +136,10 @@ def train(recipe: Recipe, resume: str | None) -> None:
 
 
 def check_finite(step: int, result: "StepResult") -> None:
-    """Stop a run whose loss is no number; every rank sees the same loss, so all of them stop.
+    """Stop a run whose loss is not finite; every rank sees the same loss, so all of them stop.
 
     Raises:
-        UserError: with the step. Checkpoints and metrics written before stay.
+        UserError: naming the step. Checkpoints and metrics already written are kept.
     """
     if not math.isfinite(result.loss) or (
         not result.skipped and not math.isfinite(result.grad_norm)
@@ -152,7 +152,7 @@ def check_finite(step: int, result: "StepResult") -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; `--local_rank` is put there by DeepSpeed's launcher."""
+    """Parse the command line; DeepSpeed's launcher adds `--local_rank`."""
     parser = argparse.ArgumentParser(
         description="Train a recipe with DeepSpeed.",
         epilog="example:\n  deepspeed --num_gpus 2 launch/train.py "
@@ -189,7 +189,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Read the command line and do what it says."""
+    """Parse the command line and run the requested command."""
     arguments = parse_arguments()
     with one_line_errors():
         set_rank_env_from_mpi()

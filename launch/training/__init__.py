@@ -1,4 +1,4 @@
-"""From a recipe to an engine, and one step of it: model, optimizer, loss, metrics.
+"""From a recipe to an engine and its training steps: model, optimizer, loss, metrics.
 
-May import `data`, `checkpoint`, `runtime` and what lies below them.
+May import `data`, `checkpoint`, `runtime` and the packages below them.
 """

@@ -1,4 +1,4 @@
-"""From a recipe to its model: whole, a tensor shard, partitioned by ZeRO-3, or a pipeline stage."""
+"""Build a recipe's model: whole, a tensor shard, partitioned by ZeRO-3, or a pipeline stage."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _new_parameters(dtype: torch.dtype, device: torch.device | str) -> Iterator[None]:
-    # Made in their final dtype and place: a 6.7B model in fp32 would need 27 GB on the way.
+    # Created in their final dtype and on their device: a 6.7B model in fp32 would first need 27 GB.
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -41,10 +41,10 @@ def build_model(
 ) -> nn.Module:
     """The recipe's model with its initial weights on one device ("meta": shapes only).
 
-    Whole by default; with `tp`, a GPT is this rank's shard of it.
+    The model is whole by default; with `tp`, a GPT is this rank's shard.
 
     Raises:
-        UserError: where a `family: hf` model cannot be found, read or changed as asked.
+        UserError: if a `family: hf` model cannot be found, read or changed as requested.
     """
     spec = recipe.model
     if isinstance(spec, HFModel):
@@ -67,8 +67,8 @@ def _build_hf(
         if spec.pretrained and not meta:
             model = from_pretrained(spec.path, config).to(device=device, dtype=dtype)
         else:
-            # On the CPU whatever the device: its generator gives every rank and the reference the
-            # same numbers.
+            # Always on the CPU: its generator draws the same numbers on every rank and in the
+            # reference.
             torch.manual_seed(seed)
             with _new_parameters(torch.float32, "meta" if meta else "cpu"):
                 model = from_config(config)
@@ -82,12 +82,12 @@ def _build_hf(
 def build_partitioned(
     recipe: Recipe, ds_config: dict[str, Any], topology: Topology, tp: TensorParallel
 ) -> GPT:
-    """A GPT that is never whole on a rank: ZeRO-3 cuts each parameter as its layer is made."""
+    """A GPT that is never whole on a rank: ZeRO-3 partitions each layer as it is created."""
     spec = recipe.model
     assert isinstance(spec, GPTModel)
 
     def gather(parameter: nn.Parameter) -> AbstractContextManager[object]:
-        # Each data parallel group has a first rank, and all of those write the same.
+        # The first rank of each data parallel group writes; all of them write the same values.
         whole: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
             [parameter], modifier_rank=0
         )
@@ -111,12 +111,12 @@ def build_pipeline(
     """This rank's pipeline stage of a GPT, with its initial weights.
 
     Raises:
-        UserError: where the layers cannot be cut as `parallel.partition` says.
+        UserError: if the layers cannot be split into stages as `parallel.partition` says.
     """
     spec = recipe.model
     assert isinstance(spec, GPTModel)
-    # PipelineModule prints its settings from rank 0 (ours are said in one line elsewhere), and
-    # broadcasts tied weights where autograd sees it.
+    # PipelineModule prints its settings on rank 0 (we print ours in one line elsewhere) and
+    # broadcasts tied weights in view of autograd.
     silent = contextlib.redirect_stdout(io.StringIO())
     with silent, torch.no_grad(), _new_parameters(dtype, device):
         model = GPTPipeline(
@@ -131,7 +131,7 @@ def build_pipeline(
 
 
 def meta_model(recipe: Recipe) -> "nn.Module":
-    """The recipe's model without numbers, for names and shapes."""
+    """The recipe's model without weight data, for names and shapes."""
     import torch
 
     from launch.training.build_model import build_model

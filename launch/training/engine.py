@@ -1,4 +1,4 @@
-"""From a recipe to a DeepSpeed engine, whatever its layout."""
+"""Build a recipe's DeepSpeed engine, for any layout."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ from models.pipeline import GPTPipeline
 
 
 def make_topology(recipe: Recipe, layout: Layout) -> Topology:
-    """All process groups of a layout. A collective: every rank makes every group."""
+    """All process groups of a layout. Collective: every rank creates every group."""
     sharing = 1
     if isinstance(recipe.model, GPTModel):
         sharing = max(1, layout.grid["tensor"] // recipe.model.shape.kv_heads)

@@ -15,13 +15,13 @@ from models.pipeline import GPTPipeline
 
 @torch.no_grad()
 def evaluate(engine: DeepSpeedEngine, validation: ValidationSet) -> float:
-    """The validation loss: the mean over all ranks' labels, each with its weight."""
+    """The validation loss: the weighted mean over the labels of all ranks."""
     engine.eval()
     if isinstance(engine, PipelineEngine):
         losses = _pipeline_losses(engine, validation.micro_batches)
     else:
         losses = [engine(*batch.to(engine.device)) for batch in validation.micro_batches]
-    # A stage other than the last has no losses.
+    # Only the last stage has losses.
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for loss in losses:
         total += loss
@@ -33,13 +33,13 @@ def evaluate(engine: DeepSpeedEngine, validation: ValidationSet) -> float:
 
 
 def _pipeline_losses(engine: PipelineEngine, batches: list[MicroBatch]) -> list[Tensor]:
-    """The sum of each micro batch's losses, on the last stage; elsewhere none."""
+    """Each micro batch's summed loss on the last stage; nothing on other stages."""
     losses: list[Tensor] = []
-    # The last one may be smaller, on some of the ranks; each call is a barrier for all of them.
+    # The last batch may be smaller on some ranks; each call is a barrier for all ranks.
     for run in (batches[:-1], batches[-1:]):
         if not run:
             continue
-        engine.reset_activation_shape()  # stages tell each other shapes only once
+        engine.reset_activation_shape()  # stages exchange shapes only once
         found = engine.eval_batch(
             pipeline_inputs(run, 1.0),
             reduce_output=None,
@@ -62,19 +62,19 @@ def _broadcast_from_last_stage(engine: PipelineEngine, values: Tensor) -> None:
 def next_token_logits(engine: DeepSpeedEngine, tokens: Tensor, context: int) -> Tensor:
     """`[1, n]` token ids, n at most `context`, to logits `[1, n, vocab]`; the same on every rank.
 
-    Every rank has to call it with the same tokens: under ZeRO-3, tensor and pipeline parallelism a
-    forward pass is a collective.
+    Every rank must call it with the same tokens: under ZeRO-3, tensor and pipeline parallelism, a
+    forward pass is collective.
     """
     engine.eval()
     count = tokens.shape[1]
-    # What follows a token has no part in its logits, so that padding behind them changes none.
+    # Later tokens do not affect a token's logits, so padding at the end changes nothing.
     if not isinstance(engine, PipelineEngine):
         cut = group_size(engine.module.tp.sequence_group) if isinstance(engine.module, GPT) else 1
         padded = torch.nn.functional.pad(tokens, (0, -count % cut))
         scores: Tensor = engine(padded)[:, :count].contiguous()
         dist.broadcast(scores, 0)
         return scores
-    # Stages send each other tensors of one length, that of training.
+    # Stages exchange tensors of a fixed length, the training length.
     padded = torch.nn.functional.pad(tokens, (0, context - count))
     module: GPTPipeline = engine.module
     engine.reset_activation_shape()

@@ -25,7 +25,7 @@ def finish(
     ranks: RankInfo,
     validation_loss: float,
 ) -> None:
-    """Write model*.safetensors, sample.txt and summary.json, and tell of them. Every rank calls it."""
+    """Write and report model*.safetensors, sample.txt and summary.json. Every rank calls it."""
     files = save_weights(engine, run.path, training_dtype(ds_config))
     say(f"validation loss: {validation_loss:.4f} nats per token")
     say(f"weights: {', '.join(str(file) for file in files)}")

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, for the engine and the reference alike."""
+"""The learning rate as a pure function of the step, for both the engine and the reference."""
 
 import math
 
@@ -6,10 +6,10 @@ from launch.config.schema import Schedule
 
 
 def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
-    """What the JSON's learning rate is multiplied with at `step` (from 0) of `steps`.
+    """The multiplier of the JSON's learning rate at `step` (from 0) of `steps`.
 
-    Warm-up rises linearly and reaches 1 at its last step, so that step 0 already learns; the decay
-    then falls from 1 to `min_ratio` at the last step of the run.
+    Warm-up rises linearly to 1 at its last step and is above 0 at step 0. The decay then falls from
+    1 to `min_ratio` at the last step of the run.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps

@@ -1,7 +1,7 @@
-"""What a run tells: one JSON object a step, the console, TensorBoard, W&B, and a loss curve.
+"""A run's metrics: one JSON object per step, the console, TensorBoard, W&B, and a loss curve.
 
-metrics.jsonl is the source; everything else is drawn from it or written beside it. Only rank 0
-writes. Speeds count the whole run's tokens; memory is rank 0's peak.
+metrics.jsonl is the primary record; the rest is drawn from it or written alongside it. Only rank 0
+writes. Throughput counts the tokens of all ranks; memory is rank 0's peak.
 """
 
 import importlib
@@ -21,11 +21,11 @@ from launch.runtime.hardware import device_peak_tflops, peak_memory_gib
 from launch.runtime.run_dir import RunDir, read_metrics
 from launch.training.train_step import StepResult
 
-PLAIN_LINES = 20  # about as many lines as a log gets where there is no terminal for a bar
+PLAIN_LINES = 20  # approximate number of log lines if there is no terminal for a progress bar
 
 
 class Metrics:
-    """Writes each step's record. Construct it on rank 0 alone, with the step to start from."""
+    """Writes each step's record. Construct it only on rank 0, with the step to start from."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Metrics:
         self.flops_per_token = flops_per_token
         self.world_size = world_size
         self.peak = device_peak_tflops(device)
-        # A killed run has often logged steps after its last save; they will be run and logged anew.
+        # A killed run has often logged steps after its last save; they will be rerun and relogged.
         kept = [record for record in read_metrics(run.metrics) if record["step"] <= start]
         self.records = kept
         temporary = run.metrics.with_suffix(".new")
@@ -54,11 +54,11 @@ class Metrics:
         self.clock = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Leave what came before (a save, an evaluation) out of the next step's time."""
+        """Exclude the time until now (a save, an evaluation) from the next step's time."""
         self.clock = time.perf_counter()
 
     def log(self, step: int, result: StepResult) -> None:
-        """Record the step with number `step`, counted from 1."""
+        """Record step number `step`, counted from 1."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         speed = self.tokens_per_step / seconds
@@ -94,7 +94,7 @@ class Metrics:
         self._write({"step": step, "validation_loss": loss})
 
     def _write(self, record: dict[str, Any]) -> None:
-        # JSON has no word for "not a number": the norm of gradients that overflowed in fp16, say.
+        # JSON has no NaN or infinity, for example the norm of gradients that overflowed in fp16.
         record = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
@@ -111,7 +111,7 @@ class Metrics:
             track(scalars, record["step"])
 
     def close(self) -> None:
-        """Finish the bar and draw loss.png."""
+        """Close the progress bar and draw loss.png."""
         if self.bar is not None:
             self.bar.close()
         self.file.close()
@@ -121,7 +121,7 @@ class Metrics:
 
 
 def _progress_bar(start: int, steps: int) -> Any:
-    # Some terminals have no size (a bar in them is empty); they get plain lines, as a log does.
+    # Some terminals report no size (a bar would be empty); they get plain lines, like a log file.
     if not sys.stderr.isatty() or not os.get_terminal_size(sys.stderr.fileno()).columns:
         return None
     from tqdm import tqdm
@@ -160,7 +160,7 @@ def _trackers(run: RunDir, recipe: Recipe, start: int) -> list[Any]:
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Reject a tracker that is asked for and not installed, before anything is computed.
+    """Reject a requested tracker that is not installed, before anything is computed.
 
     Raises:
         UserError: naming the package to install.
@@ -181,7 +181,7 @@ def validation_loss_of(record: dict[str, Any]) -> float | None:
 
 
 def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
-    """Save a picture of training and validation loss over tokens."""
+    """Plot training and validation loss over tokens."""
     import matplotlib
 
     matplotlib.use("Agg")

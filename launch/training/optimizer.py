@@ -6,7 +6,7 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices, which decay with the JSON's weight_decay, and vectors (norms, biases), which do not."""
+    """Matrices, with the JSON's weight_decay, and vectors (norms, biases), without decay."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in model.parameters():

@@ -1,7 +1,7 @@
-"""Text from a model: next-token sampling, without a cache of past keys and values.
+"""Generate text: next-token sampling without a key/value cache.
 
-Every token runs the whole context again. That is slow for long texts, and works for every model and
-layout that can run forward.
+Every token recomputes the whole context. That is slow for long texts but works for every model and
+layout with a forward pass.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ def sample(
     top_k: int = 50,
     seed: int = 0,
 ) -> str:
-    """Go on from `prompt` by up to `tokens` tokens, and stop early at the document separator.
+    """Continue `prompt` by up to `tokens` tokens, stopping early at the document separator.
 
     `logits` maps `[1, sequence]` token ids to `[1, sequence, vocab]`. Temperature 0 takes the most
-    likely token. The generator lives on the CPU: the same seed gives the same draw on each device.
+    likely token. The generator is on the CPU: the same seed draws the same numbers on any device.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt) or [tokenizer.separator]
     for _ in range(tokens):
         window = torch.tensor([ids[-context:]], device=device)
-        # The model's vocabulary may be padded past the tokenizer's; padding is never a word.
+        # The model's vocabulary may be padded beyond the tokenizer's; never sample padding.
         scores = logits(window)[0, -1, : tokenizer.vocab_size].float().cpu()
         if temperature == 0:
             chosen = int(scores.argmax())

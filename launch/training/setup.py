@@ -1,10 +1,11 @@
-"""From a recipe to an engine: the one way, for training, parity, benchmarks and traces.
+"""From a recipe to an engine; shared by training, parity, benchmarks and traces.
 
     plan_run     recipe, number of ranks -> layout, DeepSpeed JSON, data; no process group, no GPU
     join_ranks   the ops that the JSON needs, the process group, the grid's groups
     build_engine (`engine.py`) the model on DeepSpeed's engine
 
-`launch/train.py` puts the run folder and the checkpoint between the last two; `local_engine` is all three.
+`launch/train.py` handles the run folder and the checkpoint between the last two; `local_engine`
+does all three.
 """
 
 import os
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that is known of a run before its ranks meet. `ds_config` is the resolved JSON."""
+    """All that is known about a run before its ranks connect. `ds_config` is the resolved JSON."""
 
     recipe: Recipe
     layout: Layout
@@ -42,7 +43,7 @@ class RunPlan:
     batches: Batches
 
     def batch(self, step: int, data_rank: int = 0) -> Batch:
-        """A data parallel rank's part of the global batch of a step, counted from 0."""
+        """A data parallel rank's part of a step's global batch; steps count from 0."""
         return self.batches.rank_batch(step, self.layout, data_rank)
 
     def validation(self, data_rank: int = 0) -> ValidationSet:
@@ -65,16 +66,16 @@ def plan_run(
     say: Callable[[str], None] = print,
     weights: Weights | None = None,
 ) -> RunPlan:
-    """Check a recipe against its ranks and its JSON, and get its data ready.
+    """Check a recipe against its ranks and its JSON, and prepare its data.
 
     Args:
         recipe: what to run.
-        world_size: on how many ranks.
-        say: receives a line where there is something to tell.
+        world_size: the number of ranks.
+        say: receives lines to report to the user.
         weights: loss weights, as for `Batches`.
 
     Raises:
-        UserError: where the recipe, the JSON, the ranks and the data do not go together.
+        UserError: if the recipe, the JSON, the ranks and the data do not fit together.
     """
     layout = plan_layout(recipe, world_size)
     ds_config = resolve(recipe, layout)
@@ -96,10 +97,10 @@ def _check_vocabulary(recipe: Recipe, corpus: Corpus) -> None:
 
 
 def join_ranks(plan: RunPlan, say: Callable[[str], None] = print) -> "tuple[RankInfo, Topology]":
-    """Build what the JSON needs, meet the other ranks, and make the groups of the grid. A collective.
+    """Build the JSON's ops, connect the ranks, and create the grid's groups. Collective.
 
     Raises:
-        UserError: where an op cannot be built, or the ranks cannot meet.
+        UserError: if an op cannot be built, or the ranks cannot connect.
     """
     from launch.runtime.process_group import init_process_group
     from launch.training.engine import make_topology
@@ -109,7 +110,7 @@ def join_ranks(plan: RunPlan, say: Callable[[str], None] = print) -> "tuple[Rank
 
 
 class LocalEngine(NamedTuple):
-    """What a rank holds."""
+    """A rank's engine, with the plan and the topology it was built from."""
 
     plan: RunPlan
     ranks: "RankInfo"
@@ -118,11 +119,11 @@ class LocalEngine(NamedTuple):
 
     @property
     def data_rank(self) -> int:
-        """This rank's place among those with the same weights."""
+        """This rank's index among the ranks with the same weights."""
         return self.topology.get_data_parallel_rank()
 
     def batch(self, step: int) -> Batch:
-        """This rank's part of the global batch of a step, counted from 0."""
+        """This rank's part of a step's global batch; steps count from 0."""
         return self.plan.batch(step, self.data_rank)
 
 
@@ -130,10 +131,10 @@ class LocalEngine(NamedTuple):
 def local_engine(
     values: dict[str, Any], scratch: Path, weights: Weights | None = None
 ) -> Iterator[LocalEngine]:
-    """The recipe's engine on one of the ranks that `run_local_ranks` has started.
+    """The recipe's engine on one of the ranks started by `run_local_ranks`.
 
     Args:
-        values: the recipe as plain values, which cross into another process.
+        values: the recipe as plain values, which can be passed to another process.
         scratch: names the folder that a run with NVMe offload gets below its `nvme_path`.
         weights: loss weights, as for `Batches`.
 

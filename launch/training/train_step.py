@@ -1,7 +1,7 @@
 """One training step on either of DeepSpeed's engines.
 
-The dense engine runs forward, backward and step as it is told; the pipeline engine runs a schedule of
-them over all stages, of which each rank has one. What comes out is the same on every rank.
+With the dense engine, we call forward, backward and step ourselves; the pipeline engine runs a
+schedule of them, with one stage on each rank. The result is the same on every rank.
 """
 
 import math
@@ -19,7 +19,7 @@ from launch.data.batch import Batch, MicroBatch
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports: means over the global batch, the norm before clipping."""
+    """Metrics of one optimizer step: means over the global batch, and the norm before clipping."""
 
     loss: float
     grad_norm: float
@@ -31,8 +31,8 @@ def train_step(engine: DeepSpeedEngine, batch: Batch) -> StepResult:
     """One optimizer step on this rank's part of a global batch.
 
     The loss is the weighted sum over the global batch's labels, divided by their total weight.
-    DeepSpeed divides each micro batch's loss by the accumulation steps and averages the gradients over
-    the data parallel ranks: `denominator` is the total weight with both taken out.
+    DeepSpeed divides each micro batch's loss by the accumulation steps and averages gradients over
+    the data parallel ranks, so `denominator` is the total weight divided by both.
     """
     learning_rate = float(engine.get_lr()[0])
     data_size = dist.get_world_size(engine.data_parallel_group)
@@ -61,7 +61,7 @@ def train_step(engine: DeepSpeedEngine, batch: Batch) -> StepResult:
 def pipeline_inputs(
     micro_batches: Iterable[MicroBatch], denominator: float
 ) -> Iterator[tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """Micro batches as `GPTPipeline` takes them: what the first stage is sent, and the loss's target."""
+    """Micro batches in `GPTPipeline`'s format: the first stage's input and the loss target."""
     divisor = torch.tensor(denominator)
     for tokens, labels, loss_weights, positions in micro_batches:
         target = (labels, divisor) if loss_weights is None else (labels, divisor, loss_weights)

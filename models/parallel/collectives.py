@@ -34,7 +34,7 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
-# torch 2.13 renames the single-tensor collectives and warns about the old names; 2.11 lacks the new.
+# torch 2.13 renames the single-tensor collectives and warns on the old names; 2.11 lacks the new.
 _all_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
