@@ -1,4 +1,4 @@
-"""Does a layout compute what one device computes? The plain PyTorch reference, and the comparison.
+"""Does a layout compute the same as one device? The plain PyTorch reference and the comparison.
 
-May import `training`, `checkpoint` and what lies below them.
+May import `training`, `checkpoint` and the packages below them.
 """

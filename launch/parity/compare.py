@@ -1,4 +1,4 @@
-"""How far apart two runs are, and how far rounding may take them."""
+"""Measure how far apart two runs are, and bound the difference that rounding can cause."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ GROWTH_A_LAYER = 1.03
 
 @dataclass(frozen=True)
 class Tolerances:
-    """The largest relative differences that rounding explains, over about ten steps."""
+    """The largest relative differences that rounding can explain, over about ten steps."""
 
     first_loss: float
     loss: float
@@ -29,7 +29,7 @@ class Tolerances:
 
 @dataclass(frozen=True)
 class Difference:
-    """One comparison. `value` is relative to the reference, except for "key bias": see `compare`."""
+    """One comparison. `value` is relative to the reference, except "key bias" (see `compare`)."""
 
     quantity: str
     where: str
@@ -38,12 +38,12 @@ class Difference:
 
     @property
     def share(self) -> float:
-        """The part of the tolerance that is used up; infinite where the value is no number."""
+        """The difference as a fraction of the tolerance; infinite if the value is NaN."""
         return self.value / self.tolerance if self.value == self.value else float("inf")
 
     @property
     def past(self) -> bool:
-        """Whether the difference is more than rounding."""
+        """Whether the difference exceeds the tolerance."""
         return not self.share <= 1.0
 
 
@@ -55,20 +55,22 @@ def tolerances(
 ) -> Tolerances:
     """The bounds for a model of `layers` blocks that computes in `dtype`.
 
-    fp32: sums are taken in another order, which moves the last digits; the depth does not show.
-    bf16 and fp16: gradients have 8 or 11 bits and ranks add them up in those, so the bounds are
-    multiples of `1.03**layers * eps` of the dtype. The loss gets less: it is a mean over all tokens,
-    in fp32. Weights get more: an element whose gradient rounds to the other side of zero takes Adam's
-    step the other way. How many do goes with eps, and the norm of the difference with its root: fp16's
-    bound is therefore not eight times as small as bf16's. Vectors (norms, biases) get most: they
-    start at zero or one, so that all of their change is Adam's steps.
+    fp32: sums run in a different order, which changes the last digits; depth has no visible effect.
+    bf16 and fp16: gradients have 8 or 11 bits of precision and are summed over ranks in it, so the
+    bounds are multiples of `1.03**layers * eps` of the dtype. The loss has a tighter bound: it is a
+    mean over all tokens, in fp32. Weights have a looser bound: if an element's gradient rounds to
+    the opposite sign, Adam steps in the opposite direction. The number of such elements is
+    proportional to eps, and the norm of the difference to its square root: so fp16's bound is not
+    eight times tighter than bf16's. Vectors (norms, biases) have the loosest bound: they start at
+    zero or one, so all of their change comes from Adam's steps.
 
-    Before the first step nothing but the forward pass has had a part in the loss; it is the same
-    computation on both sides unless the layout's forward pass `rounds_elsewhere`: a compiled model,
-    or tensor ranks that each round their part of a sum to bf16.
+    The first loss depends on the forward pass alone, which is the same computation on both sides
+    unless the layout's forward pass `rounds_elsewhere`: a compiled model, or tensor ranks that each
+    round their partial sum to bf16.
 
-    Where a linear layer `rounds_biases_apart`, all tokens get the same rounding of a bias, which their
-    mean does not take out: the losses after the first step get five times as much.
+    If a linear layer `rounds_biases_apart`, a bias is rounded the same way for all tokens, and the
+    mean over tokens does not cancel the error: the bound of the losses after the first step is five
+    times as large.
     """
     import torch
 
@@ -93,7 +95,7 @@ def tolerances_of(recipe: Recipe, ds_config: dict[str, Any]) -> Tolerances:
     from launch.ds_json.view import compute_dtype, zero_stage
 
     elsewhere = recipe.train.compile or recipe.parallel.tensor > 1
-    # ZeRO-3's F.linear (memory_efficient_linear) rounds the product, and then the sum with the bias.
+    # ZeRO-3's F.linear (memory_efficient_linear) rounds the product, then the sum with the bias.
     apart = zero_stage(ds_config) == 3
     return tolerances(compute_dtype(ds_config), layer_count(recipe), elsewhere, apart)
 
@@ -109,10 +111,11 @@ def layer_count(recipe: Recipe) -> int:
 def key_biases(recipe: Recipe) -> dict[str, slice]:
     """The biases of attention's keys, as rows of the tensors that hold them.
 
-    A key bias adds the same number to all of a query's scores, which softmax takes out again: its
-    gradient is zero but for rounding, and Adam turns that noise into steps of full size. Under rotary
-    positions this is nearly so, for the pairs that turn slowly (measured: 2e-5 of the tensor after
-    five steps in fp32, a hundred times the rest). Where keys are normalised, the bias matters.
+    A key bias adds the same number to all of a query's scores, and softmax cancels it: its gradient
+    is zero except for rounding, and Adam turns that noise into full-size steps. With rotary
+    positions, this nearly holds for the pairs that rotate slowly (measured: 2e-5 of the tensor
+    after five steps in fp32, a hundred times the rest). If keys are normalised, the bias does
+    matter.
     """
     from launch.checkpoint.full_weights import canonical_names
 
@@ -139,15 +142,15 @@ def compare(
     limits: Tolerances,
     free_rows: dict[str, slice],
 ) -> list[Difference]:
-    """Every loss, gradient norm and weight tensor of two runs, the worst one last.
+    """Compare every loss, gradient norm and weight tensor of two runs; the worst comes last.
 
     A tensor's difference is the norm of the difference over the norm of the reference. `free_rows`
-    (see `key_biases`) are left out of that, and stand as "key bias" with the largest absolute
-    difference of an element, against what two runs of Adam can be apart: twice the sum of the
-    learning rates.
+    (see `key_biases`) are excluded and reported as "key bias": the largest absolute difference of
+    an element, with a tolerance of twice the sum of the learning rates, the furthest that two Adam
+    runs can drift apart.
 
     Raises:
-        ValueError: where the two runs differ in their steps or in the names of their weights.
+        ValueError: if the two runs differ in their steps or in the names of their weights.
     """
     if reference.weights.keys() != layout.weights.keys():
         raise ValueError(f"weights differ: {reference.weights.keys() ^ layout.weights.keys()}")

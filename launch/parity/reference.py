@@ -1,8 +1,8 @@
-"""Plain PyTorch on one device, without DeepSpeed: what every layout has to equal.
+"""Plain PyTorch on one device, without DeepSpeed: the reference that every layout must match.
 
-Nothing here is clever, so that it can be checked by reading: AdamW with decoupled decay
-(arXiv:1711.05101), the mean loss over the labels of the global batch, and clipping by the global norm.
-The loss is torch's own, from the model's logits: the layouts' loss is not used.
+The code is simple enough to verify by reading: AdamW with decoupled decay (arXiv:1711.05101), the
+mean loss over the labels of the global batch, and clipping by the global norm. The loss is torch's
+own, computed from the model's logits; the layouts' loss code is not used.
 """
 
 from typing import Any
@@ -36,17 +36,18 @@ def _adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.opti
     )
 
 
-# By the type that a DeepSpeed JSON names, in lower case. DeepSpeed's "Adam" is AdamW too.
+# Keyed by the optimizer type in a DeepSpeed JSON, in lower case. DeepSpeed's "Adam" is also AdamW.
 OPTIMIZERS = {"adam": _adamw, "adamw": _adamw}
 
 
 class Reference:
-    """The training loop of one device. In bf16 and fp16, fp32 master weights lie beside the model.
+    """The training loop on one device. In bf16 and fp16, it also keeps fp32 master weights.
 
-    Mixed precision is DeepSpeed's kind (arXiv:1710.03740): the model computes in 16 bits, gradients
-    are summed and applied in fp32, and the model's weights are the masters, rounded. fp16's loss is
-    multiplied by a fixed scale, so that small gradients do not round to zero. With the JSON's
-    torch_autocast, weights are fp32 and only the matrix products are in bf16.
+    Mixed precision works as in DeepSpeed (arXiv:1710.03740): the model computes in 16 bits,
+    gradients are summed and applied in fp32, and the model's weights are the rounded master
+    weights. In fp16, the loss is multiplied by a fixed scale so that small gradients do not round
+    to zero. With the JSON's torch_autocast, weights are fp32 and only the matrix products are in
+    bf16.
     """
 
     def __init__(self, model: nn.Module, ds_config: dict[str, Any], train: Train) -> None:
@@ -79,7 +80,7 @@ class Reference:
         self.loss = torch.compile(_loss)
 
     def train_step(self, batch: Batch) -> StepResult:
-        """One optimizer step on a whole global batch, a micro batch at a time."""
+        """One optimizer step on a whole global batch, one micro batch at a time."""
         device = self.weights[0].device
         learning_rate = self.learning_rate * learning_rate_factor(
             self.train.schedule, self.step_number, self.train.steps
@@ -117,7 +118,7 @@ class Reference:
                 weight.grad = None
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Every parameter by its canonical name, in fp32, tied ones once."""
+        """Every parameter by its canonical name, in fp32; tied ones once."""
         names = canonical_names(self.model)
         return {n: m.detach().float() for n, m in zip(names, self.masters, strict=True)}
 

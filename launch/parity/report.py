@@ -1,4 +1,4 @@
-"""What `scripts/parity.py` shows: a table and a picture of the differences."""
+"""Output of `scripts/parity.py`: a table and a plot of the differences."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ SMALLEST = 1e-10  # stands for 0 on a logarithmic axis; fp32 has no relative dif
 
 
 def table(reference: TrainingRecord, differences: list[Difference]) -> Table:
-    """Losses and gradient norms by step, the worst tensors, and the worst of all in the last row.
+    """Losses and gradient norms by step, the worst tensors, and the overall worst in the last row.
 
-    `differences` come from `compare`, which has sorted them, the worst one last.
+    `differences` come from `compare`, sorted with the worst one last.
     """
     shown = Table(title="relative difference from one device", title_justify="left")
     for name in ("quantity", "where"):
@@ -55,7 +55,7 @@ def _add(shown: Table, found: Difference, reference: str, style: str = "") -> No
 
 
 def verdict(differences: list[Difference]) -> str:
-    """One line: whether all is within the tolerance, and else where it first is not."""
+    """One line: all within tolerance, or where the tolerance is first exceeded."""
     past = [d for d in differences if d.past]
     worst = differences[-1]
     if not past:
@@ -73,7 +73,7 @@ def verdict(differences: list[Difference]) -> str:
 
 
 def save_picture(differences: list[Difference], title: str, file: Path) -> None:
-    """Draw the differences over the steps and those of the worst tensors, each with its tolerance."""
+    """Plot the differences by step and those of the worst tensors, each with its tolerance."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,8 @@
-"""Does a layout compute what one device computes? Run both from the same weights and batches.
+"""Does a layout compute the same as one device? Run both from the same weights and batches.
 
-The reference is the plain PyTorch loop of `launch/parity/reference.py`; the layout is DeepSpeed's engine on
-any number of ranks. `launch/parity/compare.py` says how far apart they are, and may be.
+The reference is the plain PyTorch loop of `launch/parity/reference.py`; the layout is DeepSpeed's
+engine on any number of ranks. `launch/parity/compare.py` measures the difference and sets its
+bounds.
 """
 
 import os
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a run leaves to compare: one number a step, and the last weights in fp32 on the CPU.
+    """A run's data for comparison: values per step, and the final weights in fp32 on the CPU.
 
-    Weights have their canonical names (`launch/checkpoint/full_weights.py`), tied ones once. On ranks
-    other than the first, `weights` is empty.
+    Weights have their canonical names (`launch/checkpoint/full_weights.py`); tied ones appear once.
+    On ranks other than rank 0, `weights` is empty.
     """
 
     losses: list[float]
@@ -36,7 +37,7 @@ class TrainingRecord:
 
     @classmethod
     def of(cls, steps: "list[StepResult]", weights: dict[str, "Tensor"]) -> "TrainingRecord":
-        """The trace of a run's steps and of its last weights."""
+        """The record of a run's steps and its final weights."""
         return cls(
             [step.loss for step in steps],
             [step.grad_norm for step in steps],
@@ -46,10 +47,10 @@ class TrainingRecord:
 
 
 def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
-    """Reject what one device cannot repeat step for step.
+    """Reject a run that one device cannot reproduce step by step.
 
     Raises:
-        UserError: for fp16 with a loss scale that changes, dropout, or another optimizer than AdamW; it
+        UserError: for fp16 with a dynamic loss scale, dropout, or an optimizer other than AdamW; it
             names the override to use.
     """
     import torch
@@ -97,9 +98,9 @@ def _dropouts(recipe: Recipe) -> dict[str, float]:
 
 
 def plan_reference(recipe: Recipe, micro_batch: int | None = None, uneven: bool = False) -> RunPlan:
-    """The recipe's run on one device, in micro batches of this size (None: of the recipe's).
+    """The recipe's run on one device, with this micro batch size (None: the recipe's).
 
-    With `uneven`, its labels count as `uneven_weights` says.
+    With `uneven`, its labels are weighted by `uneven_weights`.
 
     Raises:
         UserError: as `plan_run`.
@@ -109,7 +110,7 @@ def plan_reference(recipe: Recipe, micro_batch: int | None = None, uneven: bool 
 
 
 def run_reference(plan: RunPlan) -> TrainingRecord:
-    """The steps of a run on one device, without DeepSpeed: on the GPU where there is one."""
+    """Run the steps on one device, without DeepSpeed; on the GPU if there is one."""
     import torch
 
     from launch.ds_json.view import training_dtype
@@ -125,9 +126,9 @@ def run_reference(plan: RunPlan) -> TrainingRecord:
 
 
 def run_layout(values: dict[str, Any], scratch: Path, uneven: bool = False) -> TrainingRecord:
-    """The recipe's steps as one rank of a layout; every rank calls it, in a process of its own.
+    """Run the recipe's steps as one rank of a layout; every rank calls it in its own process.
 
-    The arguments and errors are those of `launch.training.setup.local_engine`, and of `plan_reference`.
+    The arguments and errors are those of `launch.training.setup.local_engine` and `plan_reference`.
     """
     loss_weights = uneven_weights(recipe_from_dict(values)) if uneven else None
     with local_engine(values, scratch, loss_weights) as local:
@@ -146,7 +147,7 @@ def run_layout(values: dict[str, Any], scratch: Path, uneven: bool = False) -> T
 
 
 def write_layout_record(values: dict[str, Any], file: Path, uneven: bool = False) -> None:
-    """`run_layout`, with the result in a file: weights are too large for a pipe."""
+    """Write the result of `run_layout` to a file: weights are too large for a pipe."""
     trace = run_layout(values, file.parent, uneven)
 
     import torch
@@ -156,7 +157,7 @@ def write_layout_record(values: dict[str, Any], file: Path, uneven: bool = False
 
 
 def read_record(file: Path) -> TrainingRecord:
-    """What `write_layout_record` wrote."""
+    """Read a record written by `write_layout_record`."""
     import torch
 
     return TrainingRecord(**torch.load(file, weights_only=True))

@@ -1,4 +1,4 @@
-"""Labels that count unequally, as in fine-tuning: the loss is then no mean of micro batches' means."""
+"""Unequal label weights, as in fine-tuning: the loss is not the mean of micro batch means."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,15 +6,15 @@ import numpy.typing as npt
 from launch.config.schema import Recipe
 from launch.data.batches import Weights
 
-PARTS = 8  # of a global batch, in runs of rows: with 8 micro batches, each of them is one part
+PARTS = 8  # runs of rows in a global batch: with 8 micro batches, each micro batch is one part
 FEW = 3
 
 
 def uneven_weights(recipe: Recipe) -> Weights:
-    """Loss weights that differ from micro batch to micro batch, a function of (seed, step) alone.
+    """Loss weights that differ between micro batches and depend only on (seed, step).
 
-    Of each four parts of the global batch one has no label that counts, one has 3, one has all, and
-    in one each label counts between 0 and 2 times. The parts change places from step to step.
+    Of every four parts of the global batch, one has no label that counts, one has 3, one has all,
+    and one weights each label between 0 and 2. The kinds rotate from step to step.
     """
     rows, length, seed = (
         recipe.train.global_batch_size,

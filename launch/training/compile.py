@@ -23,8 +23,8 @@ def compile_engine(engine: DeepSpeedEngine) -> None:
 
     - ZeRO 0 to 2: the whole model, loss included.
     - A pipeline: each block.
-    - ZeRO-3: the forward pass of each block. DeepSpeed's hooks, which gather a block's weights before
-      it and release them after it, run outside the compiled code: torch must not trace them.
+    - ZeRO-3: the forward pass of each block. DeepSpeed's hooks, which gather a block's weights
+      before it and release them after it, run outside the compiled code: torch must not trace them.
     """
     if isinstance(engine, PipelineEngine):
         for module in engine.module.modules():

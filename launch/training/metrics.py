@@ -175,7 +175,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def validation_loss_of(record: dict[str, Any]) -> float | None:
-    """The validation loss in a line of metrics.jsonl; earlier versions called it `held_out_loss`."""
+    """The validation loss of a metrics.jsonl record; older versions call it `held_out_loss`."""
     loss: float | None = record.get("validation_loss", record.get("held_out_loss"))
     return loss
 
