@@ -1,4 +1,4 @@
-"""Speed: the benchmark and the trace of a pipeline.
+"""Performance: the benchmark and the pipeline trace.
 
-May import `parity`, `planner`, `training` and what lies below them.
+May import `parity`, `planner`, `training` and the packages below them.
 """

@@ -1,13 +1,15 @@
-"""How fast is a recipe's layout, and how fast is a plain loop on the same machine? Both in one run.
+"""Compare the speed of a recipe's layout with a plain loop on the same machine, in one run.
 
-The plain loop is `launch/parity/reference.py` on one device: torch's AdamW, no DeepSpeed, fp32 master
-weights beside a bf16 model where the recipe trains in bf16. It computes the same batches from the
-same weights with the same micro batch and the same `train.compile`.
+The plain loop is `launch/parity/reference.py` on one device: torch's AdamW, no DeepSpeed, and fp32
+master weights beside a bf16 model if the recipe trains in bf16. It trains on the same batches from
+the same initial weights, with the same micro batch size and the same `train.compile`.
 
-On request a third one: the plain loop with its layers spread over as many devices, in one process
-(`models/layerwise.py`), which is what pipeline parallelism has to beat. It is not compiled.
+Optionally, a third configuration is timed: the plain loop with its layers spread over as many
+devices, in one process (`models/layerwise.py`), the baseline for pipeline parallelism. It is not
+compiled.
 
-Each is timed in fresh processes, in turns, so that what slows the machine for a while slows both.
+The configurations are timed in turns, in fresh processes, so that a temporary slowdown of the
+machine affects all of them.
 """
 
 import json
@@ -36,8 +38,8 @@ PLAIN, LAYERWISE, LAYOUT = "plain loop", "layer-wise", "layout"
 class Speed:
     """One configuration. Times are medians over the steps of all rounds.
 
-    `memory_gib` is the peak of the rank that needs most: allocated on a GPU, resident on a CPU.
-    `mfu` is None where the device's peak is not known; see `models.config.flops_per_token`.
+    `memory_gib` is the peak of the rank that uses most: allocated on a GPU, resident on a CPU.
+    `mfu` is None if the device's peak is unknown; see `models.config.flops_per_token`.
     """
 
     name: str
@@ -63,10 +65,10 @@ def bench(
 
     With `layerwise`, one process with its layers on `ranks` devices comes between them.
 
-    The recipe's `train.steps` includes the `warmup` steps, which are left out of each median.
+    The recipe's `train.steps` includes the `warmup` steps, which are excluded from each median.
 
     Raises:
-        UserError: where the recipe does not fit the ranks, or a rank failed.
+        UserError: if the recipe does not fit the ranks, or a rank failed.
     """
     from launch.config.layout import plan_layout
     from launch.planner.model_size import model_size
@@ -102,7 +104,7 @@ def _speed(
     name: str, recipe: Recipe, warmup: int, flops: float, turns: list[list[dict[str, Any]]]
 ) -> Speed:
     first = turns[0][0]
-    # Ranks wait for each other in every step: the first one's clock tells the time of all.
+    # Ranks wait for each other in every step, so rank 0's times hold for all.
     seconds = statistics.median(s for turn in turns for s in turn[0]["seconds"][warmup:])
     ranks = len(turns[0]) * int(first["devices"])
     speed = recipe.train.global_batch_size * recipe.data.sequence_length / seconds
@@ -121,7 +123,7 @@ def _speed(
 
 
 def as_json(recipe: Recipe, speeds: list[Speed]) -> dict[str, Any]:
-    """What `--json` prints: every configuration, and how the layout compares with the plain loop."""
+    """The output of `--json`: every configuration, and the layout compared with the plain loop."""
     plain, layout = speeds[0], speeds[-1]
     return {
         "recipe": recipe.name,
@@ -137,7 +139,7 @@ def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> Non
     """Time the plain loop on this process's device, or layer-wise on several; one rank calls it.
 
     Raises:
-        UserError: where there are fewer GPUs than `devices`, or fewer layers.
+        UserError: if there are fewer GPUs or fewer layers than `devices`.
     """
     from launch.runtime.process_group import prepare_environment
 
@@ -157,7 +159,7 @@ def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> Non
             f"--layerwise: {devices} devices, and this machine has {torch.cuda.device_count()} GPUs; "
             "lower --ranks"
         )
-    # One CPU stands for several devices where there are no GPUs: that shows how, not how fast.
+    # Without GPUs, one CPU stands in for several devices: it runs, but the speed means nothing.
     places = [torch.device("cuda", i) if cuda else torch.device("cpu") for i in range(devices)]
     device = places[0]
     train = plan.recipe.train

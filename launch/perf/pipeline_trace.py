@@ -1,10 +1,10 @@
-"""What every stage of a pipeline does when: each instruction of real training steps, timed.
+"""A timeline of every pipeline stage: the timed instructions of real training steps.
 
-DeepSpeed's pipeline engine runs a list of instructions a step (load, receive, forward, send, ...).
-Each one is timed on each stage, for every schedule of `models/pipeline_schedules.py` and several numbers of
-micro batches, in one launch with one engine. All ranks read CLOCK_MONOTONIC, of which a host has one,
-so that times of different stages compare. On a GPU the device is synchronized around every
-instruction, which costs some overlap of messages with passes.
+In each step, DeepSpeed's pipeline engine runs a list of instructions (load, receive, forward, send,
+...). Each one is timed on each stage, for every schedule of `models/pipeline_schedules.py` and
+several numbers of micro batches, in one launch with one engine. All ranks read the host's
+CLOCK_MONOTONIC, so times of different stages are comparable. On a GPU, the device is synchronized
+around every instruction, which loses some overlap of messages with passes.
 """
 
 import json
@@ -35,17 +35,17 @@ WARMUP = 2  # steps before the timed ones, for each schedule and number of micro
 
 @dataclass(frozen=True)
 class Traced:
-    """What a launch found: the device's name, and a run for each number of micro batches and schedule."""
+    """Results of a launch: the device's name, and a run per micro batch count and schedule."""
 
     device: str
     runs: list[ScheduleRun]
 
 
 def check_pipeline(recipe: Recipe) -> None:
-    """Reject a recipe without stages.
+    """Reject a recipe without pipeline stages.
 
     Raises:
-        UserError: naming the recipe with a pipeline that is nearest by its name, then by its ranks.
+        UserError: naming the closest pipeline recipe, by name and then by number of ranks.
     """
     if recipe.parallel.pipeline > 1:
         return
@@ -64,13 +64,13 @@ def check_pipeline(recipe: Recipe) -> None:
 
 
 def trace(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int) -> Traced:
-    """Run every schedule with each number of micro batches on `ranks` local ranks, `steps` steps each.
+    """Run `steps` steps per schedule and number of micro batches, on `ranks` local ranks.
 
-    Of several pipelines (data or tensor parallel size above 1) that of the first ranks is recorded.
-    The global batch follows: micro batches x micro batch size x data parallel size.
+    With several pipelines (data or tensor parallel size above 1), the first one is recorded. The
+    global batch is micro batches x micro batch size x data parallel size.
 
     Raises:
-        UserError: for a recipe that does not fit the ranks, or a failed rank.
+        UserError: if the recipe does not fit the ranks, or a rank failed.
     """
     from launch.config.resolve import resolve
     from launch.runtime.local_launcher import run_local_ranks
@@ -107,7 +107,7 @@ def _merge(parts: tuple[dict[str, Any], ...]) -> ScheduleRun:
 
 
 def trace_rank(values: dict[str, Any], micro_batches: list[int], steps: int, folder: Path) -> None:
-    """Train and record; every rank calls it, and one rank of each stage writes what it recorded.
+    """Train and record; every rank calls it, and one rank per stage writes its record.
 
     Raises:
         UserError: as `launch/train.py`.
@@ -140,7 +140,7 @@ def trace_rank(values: dict[str, Any], micro_batches: list[int], steps: int, fol
 
 
 def _first(batch: Batch, micro_batches: int) -> Batch:
-    """The first micro batches of a batch whose labels count once."""
+    """The first micro batches of a batch without loss weights."""
     return replace(
         batch,
         tokens=batch.tokens[:micro_batches],
@@ -163,10 +163,10 @@ def _record(local: "LocalEngine", batch: Batch, steps: int) -> dict[str, Any]:
     for _ in range(steps):
         recorder = _Recorder(engine, device)
         engine._INSTRUCTION_MAP = {k: recorder.timed(k, run) for k, run in plain.items()}
-        dist.barrier()  # all stages begin together, whatever they did after the last step
+        dist.barrier()  # all stages start together, whatever they did after the last step
         train_step(engine, batch)
         recorded.append(recorder.events)
-    # In a step of its own, because the hooks take time.
+    # In a separate step, because the hooks take time.
     saved = SavedBytes(engine.module)
     engine._INSTRUCTION_MAP = {
         k: saved.watched(run) if k.__name__ == FORWARD else run for k, run in plain.items()
@@ -185,13 +185,13 @@ class _Recorder:
     def __init__(self, engine: "PipelineEngine", device: "torch.device") -> None:
         self.events: list[Event] = []
         self._device = device
-        # Where a micro batch enters a stage: from the data, or from the stage before.
+        # How a micro batch enters a stage: from the data, or from the previous stage.
         self._arrival = "LoadMicroBatch" if engine.is_first_stage() else "RecvActivation"
         self._arrived = 0
         self._in_buffer: dict[int | None, int] = {}
 
     def timed(self, kind: type, run: Instruction) -> Instruction:
-        """The instruction, recorded whenever the engine runs it."""
+        """The instruction, wrapped to be recorded whenever the engine runs it."""
         name = kind.__name__
 
         def recorded(engine: "PipelineEngine", **arguments: int) -> None:
@@ -215,7 +215,7 @@ class _Recorder:
 
 
 class _Kept:
-    """A tensor that autograd keeps; gone as soon as its backward pass has used it."""
+    """A tensor that autograd saves; released as soon as its backward pass has used it."""
 
     def __init__(self, owner: "SavedBytes", tensor: "torch.Tensor") -> None:
         self.owner, self.tensor = owner, tensor
@@ -229,9 +229,9 @@ class _Kept:
 
 @dataclass
 class SavedBytes:
-    """Bytes that autograd keeps at a time for backward passes; parameters and shared memory count once.
+    """Bytes that autograd currently saves for backward passes; shared memory counts once.
 
-    What is recomputed (`checkpoint_activations`) is not kept, and does not count.
+    Parameters are excluded, and so are recomputed activations (`checkpoint_activations`).
     """
 
     module: "nn.Module"
@@ -240,12 +240,12 @@ class SavedBytes:
     _holders: dict[int, int] = field(default_factory=dict)  # by address
 
     def __post_init__(self) -> None:
-        """Parameters are there in any case: they count as held already."""
+        """Mark parameters as already held: they are in memory anyway."""
         for parameter in self.module.parameters():
             self._holders[parameter.untyped_storage().data_ptr()] = 1
 
     def count(self, key: int, size: int, change: int) -> None:
-        """One holder more or less of the memory at address `key`, of `size` bytes."""
+        """Add or remove one holder of the `size` bytes of memory at address `key`."""
         before = self._holders.get(key, 0)
         self._holders[key] = before + change
         if before == 0:
@@ -255,7 +255,7 @@ class SavedBytes:
         self.peak = max(self.peak, self.live)
 
     def watched(self, run: Instruction) -> Instruction:
-        """The instruction, with what it saves for the backward pass counted."""
+        """The instruction, wrapped to count the bytes it saves for the backward pass."""
         from torch.autograd.graph import saved_tensors_hooks
 
         def counted(engine: "PipelineEngine", **arguments: int) -> None:

@@ -1,13 +1,13 @@
-"""The events of a pipeline's steps, and what follows from them: the bubble, and live micro batches.
+"""The events of pipeline steps, and the bubble and live micro batches computed from them.
 
-The bubble is the idle share of a step. With T from the first instruction of any stage to the end of
-the last backward pass of any stage,
+The bubble is the idle share of a step. With T the time from the first instruction of any stage to
+the end of the last backward pass of any stage,
 
     idle share of a stage = 1 - (time in its forward and backward passes) / T
     bubble                = mean of the idle shares over the stages
 
-Waiting inside a send or receive counts as idle, and so do messages and loading. What follows the last
-backward pass (gradient reduction, optimizer) is no part of T.
+Waiting in a send or receive counts as idle, as do messages and data loading. T excludes everything
+after the last backward pass (gradient reduction, optimizer).
 """
 
 import statistics
@@ -20,9 +20,9 @@ FORWARD, BACKWARD = "ForwardPass", "BackwardPass"
 
 
 class Event(NamedTuple):
-    """One instruction on one stage. Micro batches count from 1; times are seconds on the host's clock.
+    """One instruction on one stage. Micro batches count from 1; times are in host-clock seconds.
 
-    `micro_batch` and `buffer` are None for what concerns the whole batch: reductions, optimizer.
+    `micro_batch` and `buffer` are None for instructions on the whole batch: reductions, optimizer.
     """
 
     instruction: str
@@ -36,7 +36,7 @@ Stages = list[list[Event]]  # one step: the events of each stage in their order
 
 
 def idle_shares(stages: Stages) -> list[float]:
-    """The idle share of each stage in one step, as the head of this file defines it."""
+    """The idle share of each stage in one step, as defined at the top of this file."""
     begin, end = span(stages)
     shares = []
     for events in stages:
@@ -46,13 +46,13 @@ def idle_shares(stages: Stages) -> list[float]:
 
 
 def span(stages: Stages) -> tuple[float, float]:
-    """When a step's first instruction begins, and when its last backward pass ends, over all stages."""
+    """Start of a step's first instruction and end of its last backward pass, over all stages."""
     begin = min(e.start for events in stages for e in events)
     return begin, max(e.end for events in stages for e in events if e.instruction == BACKWARD)
 
 
 def peak_live(events: list[Event]) -> int:
-    """The most micro batches at a time whose forward pass is done on a stage and backward pass is not."""
+    """Peak number of micro batches whose forward pass is done and whose backward pass is not."""
     live = peak = 0
     for event in events:
         live += (event.instruction == FORWARD) - (event.instruction == BACKWARD)
@@ -64,8 +64,8 @@ def peak_live(events: list[Event]) -> int:
 class ScheduleRun:
     """The timed steps of one schedule with one number of micro batches.
 
-    `saved_bytes` is, for each stage, the most that autograd kept at a time for backward passes, without
-    the parameters: one untimed step tells.
+    `saved_bytes` is each stage's peak of the bytes that autograd saved for backward passes, without
+    the parameters, measured in one untimed step.
     """
 
     schedule: str
@@ -92,7 +92,7 @@ class ScheduleRun:
         return [max(peak_live(events) for events in steps) for steps in by_stage]
 
     def expected(self) -> list[int]:
-        """What `live` has to be."""
+        """The expected value of `live`."""
         stages = len(self.saved_bytes)
         return [
             micro_batches_alive(self.schedule, stages, stage, self.micro_batches)
@@ -100,6 +100,6 @@ class ScheduleRun:
         ]
 
     def typical(self) -> Stages:
-        """The step to show: of all, the one with the median bubble."""
+        """The step to show: the one with the median bubble."""
         ranked = sorted(self.steps, key=lambda stages: statistics.mean(idle_shares(stages)))
         return ranked[(len(ranked) - 1) // 2]

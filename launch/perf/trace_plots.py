@@ -1,4 +1,4 @@
-"""What `scripts/trace_pipeline.py` shows: two tables, a timeline, a Chrome trace and a CSV file."""
+"""Output of `scripts/trace_pipeline.py`: two tables, a timeline, a Chrome trace and a CSV file."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ KINDS = {
     "ReduceTiedGrads": "optimizer", "ReduceGrads": "optimizer", "OptimizerStep": "optimizer",
     "LoadMicroBatch": "load", "KeepLoss": "loss", "TakeLoss": "loss",
 }  # fmt: skip
-# Okabe and Ito's palette, which people who see fewer colours can tell apart.
+# Okabe and Ito's colour-blind-safe palette.
 COLOURS = {
     "forward": "#56B4E9", "backward": "#E69F00", "send": "#009E73", "receive": "#CC79A7",
     "optimizer": "#666666",
@@ -35,7 +35,7 @@ MEANING = {
 MESSAGES = {"SendActivation": "RecvActivation", "SendGrad": "RecvGrad"}
 IDLE: dict[str, Any] = {"facecolor": "white", "edgecolor": "#AAAAAA", "hatch": "////"}
 END: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
-NARROW = 0.008  # share of the picture's width below which a number has no room in its box
+NARROW = 0.008  # share of the plot's width below which a number does not fit in its box
 
 
 def bubble_table(runs: list[ScheduleRun]) -> Table:
@@ -92,7 +92,7 @@ def live_table(runs: list[ScheduleRun]) -> Table:
 
 
 def write_csv(runs: list[ScheduleRun], file: Path) -> None:
-    """A row for every schedule, number of micro batches and stage."""
+    """One row per schedule, number of micro batches and stage."""
     from models.pipeline_stages import ideal_bubble
 
     with file.open("w", newline="") as out:
@@ -111,8 +111,8 @@ def write_csv(runs: list[ScheduleRun], file: Path) -> None:
 def write_chrome(runs: list[ScheduleRun], file: Path) -> None:
     """The typical step of each run in Chrome's trace format.
 
-    A stage is a process, a schedule a thread of it, and every step begins at 0. Times are microseconds.
-    Arrows lead from a send to its receive.
+    Stages are processes, schedules are their threads, and every step begins at 0. Times are in
+    microseconds. Arrows lead from a send to its receive.
     """
     events: list[dict[str, Any]] = []
     for thread, run in enumerate(runs):
@@ -162,7 +162,7 @@ def _arrows(stages: Stages, schedule: str, thread: int, begin: float) -> list[di
         received = where[other, MESSAGES[instruction], number]
         name = f"{schedule} {instruction} {stage} {number}"
         for phase, pid, event in (("s", stage, sent), ("f", other, received)):
-            # In the middle of its box, which is how a viewer finds the box it belongs to.
+            # At the middle of its box, so that a viewer can match it to the box.
             found.append(
                 {
                     "ph": phase, "id": name, "name": "message", "cat": "message", "bp": "e",
@@ -174,7 +174,7 @@ def _arrows(stages: Stages, schedule: str, thread: int, begin: float) -> list[di
 
 
 def save_picture(runs: list[ScheduleRun], title: str, file: Path) -> None:
-    """Draw the typical step of each run, one below the other on the same scale of time."""
+    """Draw the typical step of each run, one below the other on the same time scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,7 +214,7 @@ def _since(stages: Stages, when: float) -> float:
 
 
 def _draw(panel: "Axes", stages: Stages, width: float) -> None:
-    """One panel: a row a stage, passes in tall boxes on hatched ground, all else in a strip below."""
+    """One panel: a row per stage, passes as tall boxes on a hatched ground, the rest in a strip."""
     end = _since(stages, span(stages)[1])
     for stage, events in enumerate(stages):
         tall, strip = (stage - 0.36, 0.56), (stage + 0.23, 0.13)
