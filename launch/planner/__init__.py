@@ -1,4 +1,4 @@
-"""What a layout needs, before anything is computed: parameters, FLOPs, memory.
+"""A layout's requirements, before anything is computed: parameters, FLOPs, memory.
 
-May import `training`, `checkpoint` and what lies below them.
+May import `training`, `checkpoint` and the packages below them.
 """

@@ -1,4 +1,4 @@
-"""What a recipe would do, said before anything is computed: `--list` and `--dry-run`."""
+"""Report what a recipe would do, before anything is computed: `--list` and `--dry-run`."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def header(file: Path) -> list[str]:
-    """The comment lines that open a recipe: what it trains, on what, and how to start it."""
+    """The comment lines at the top of a recipe: what it trains, on what, and how to start it."""
     lines = []
     for line in file.read_text().splitlines():
         if not line.startswith("#"):
@@ -43,7 +43,7 @@ def _layout_name(recipe: Recipe) -> str:
 
 
 def print_list() -> None:
-    """A table of every recipe in recipes/: parameters, layout, hardware."""
+    """Print a table of every recipe in recipes/: parameters, layout, hardware."""
     table = Table(box=None)
     for column in ("recipe", "parameters", "layout"):
         table.add_column(column, no_wrap=True)
@@ -58,7 +58,7 @@ def print_list() -> None:
 
 
 def print_dry_run(recipe: Recipe, world_size: int) -> None:
-    """Resolved recipe and JSON, layout and batch, parameters, memory. Nothing is trained."""
+    """Print the resolved recipe and JSON, layout, batch, parameters and memory; train nothing."""
     layout = plan_layout(recipe, world_size)
     ds_config = resolve(recipe, layout)
     if isinstance(recipe.model, HFModel) and layout.grid["tensor"] > 1:

@@ -1,7 +1,7 @@
-"""How much memory a rank of a layout needs, worked out before anything is started.
+"""Estimate a rank's memory for a layout, before anything is started.
 
-An estimate: what the tensors below take, and not NCCL, the CUDA context, DeepSpeed's communication
-buckets, ZeRO-3's gathered weights, or what the allocator loses to fragmentation. Without
+The estimate covers the tensors below, but not NCCL, the CUDA context, DeepSpeed's communication
+buckets, ZeRO-3's gathered weights, or fragmentation in the allocator. It assumes no
 `torch.compile`, which keeps fewer activations. Leave a tenth of the GPU free, and measure.
 """
 
@@ -20,9 +20,9 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Memory:
-    """What the fullest rank holds, in GiB; `host` is what is offloaded to its host or a disk.
+    """Memory of the fullest rank, in GiB; `host` is the part offloaded to its host or a disk.
 
-    `stage` is that rank's pipeline stage, and `parameters` those of its shard before ZeRO divides it.
+    `stage` is that rank's pipeline stage; `parameters` counts its shard before ZeRO partitions it.
     """
 
     stage: int
@@ -39,7 +39,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def describe(self) -> str:
-        """One line for a person: the sum and its parts."""
+        """One readable line: the sum and its parts."""
         line = (
             f"memory per rank (estimate): {self.total:.3g} GiB = weights {self.weights:.3g} "
             f"+ gradients {self.gradients:.3g} + optimizer {self.optimizer:.3g} "
@@ -53,7 +53,7 @@ def estimate(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> Memor
     """The memory of the fullest rank, for a resolved DeepSpeed JSON and a model of family gpt.
 
     Raises:
-        ValueError: where the layers cannot be cut as `parallel.partition` says.
+        ValueError: if the layers cannot be split into stages as `parallel.partition` says.
     """
     assert isinstance(recipe.model, GPTModel)
     config = recipe.model.shape
@@ -84,9 +84,9 @@ def estimate(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> Memor
 def stage_parameters(config: GPTConfig, tensor: int, first: int, last: int) -> int:
     """Parameters on each tensor rank of a stage that runs layers first to last - 1 of the chain.
 
-    Matrices, and the biases of column-parallel layers, are sharded over the tensor ranks; norms, the
-    biases of row-parallel layers and positions are whole on each; the vocabulary is padded to a
-    multiple of the ranks. An output tied to an embedding on the same stage is counted once.
+    Matrices and the biases of column-parallel layers are sharded over the tensor ranks; norms,
+    positions and the biases of row-parallel layers are whole on each rank. The vocabulary is padded
+    to a multiple of the ranks. An output tied to an embedding on the same stage counts once.
     """
     c = config
     norm = c.hidden * (2 if c.norm == "layernorm" else 1)
@@ -106,17 +106,17 @@ def stage_parameters(config: GPTConfig, tensor: int, first: int, last: int) -> i
 
 
 def _element(ds_config: dict[str, Any]) -> int:
-    """Bytes of a number in the forward pass."""
+    """Bytes per element in the forward pass."""
     low = any(is_enabled(ds_config, name) for name in ("bf16", "fp16", "torch_autocast"))
     return 2 if low else 4
 
 
 def _state_bytes(ds_config: dict[str, Any], data: int) -> tuple[list[float], list[float]]:
-    """Bytes a parameter for weights, gradients and optimizer: on the device, and offloaded.
+    """Bytes per parameter for weights, gradients and optimizer: on the device, and offloaded.
 
-    `data` is the data parallel size, over which ZeRO divides (arXiv:1910.02054, section 5). The
-    optimizer is AdamW's two moments, and fp32 weights wherever DeepSpeed keeps a copy of its own: at
-    stage 0 not in fp32, at stages 1 to 3 always.
+    `data` is the data parallel size, over which ZeRO partitions (arXiv:1910.02054, section 5). The
+    optimizer state is AdamW's two moments, plus fp32 weights wherever DeepSpeed keeps its own copy:
+    at stage 0 unless the model is fp32, at stages 1 to 3 always.
     """
     bf16 = is_enabled(ds_config, "bf16")
     low = bf16 or is_enabled(ds_config, "fp16")
@@ -127,7 +127,7 @@ def _state_bytes(ds_config: dict[str, Any], data: int) -> tuple[list[float], lis
         return [weights, weights, 12.0 if low else 8.0], [0.0]
     optimizer = 12.0 / data
     if stage == 1 and bf16 and accumulate == "fp32":
-        # BF16_Optimizer keeps those of a backward pass whole, and adds them up at its end.
+        # BF16_Optimizer keeps a backward pass's gradients whole and accumulates them at its end.
         gradients += 2.0
     if stage >= 2:
         gradients /= data
@@ -143,24 +143,25 @@ def _state_bytes(ds_config: dict[str, Any], data: int) -> tuple[list[float], lis
 
 
 def block_bytes(config: GPTConfig, tensor: int, sequence_parallel: bool, element: int) -> float:
-    """Bytes a token that a block keeps for its backward pass, on one tensor rank.
+    """Bytes per token that a block keeps for its backward pass, on one tensor rank.
 
-    The tensors of arXiv:2205.05198, section 4, but for attention's scores, which fused attention does
-    not keep, and for dropout's masks where there is no dropout. For a GPT in 16 bits that is
-    h * (34 - 2) on one rank, and h * (8 + 24 / t) on t. With sequence parallelism the paper has
-    h * 32 / t; here h * (4 + 28 / t), as the inputs of column-parallel layers are kept gathered.
-    RMSNorm is taken to be torch's fused one, as on a GPU; on a CPU it keeps fp32 copies.
+    Counts the tensors of arXiv:2205.05198, section 4, except attention's scores, which fused
+    attention does not keep, and dropout masks if there is no dropout. For a GPT in 16 bits, that is
+    h * (34 - 2) on one rank and h * (8 + 24 / t) on t ranks. With sequence parallelism, the paper
+    has h * 32 / t; here it is h * (4 + 28 / t), because the inputs of column-parallel layers are
+    kept gathered. RMSNorm is assumed to be torch's fused kernel, as on a GPU; on a CPU it keeps
+    fp32 copies.
     """
     c = config
     residual = c.hidden / tensor if sequence_parallel else c.hidden
     query = c.heads * c.head_dim / tensor
     key_value = max(c.kv_heads / tensor, 1.0) * c.head_dim
-    numbers = 2 * residual  # what goes into the two norms
-    numbers += 2 * c.hidden  # into queries, keys, values, and into the MLP
-    numbers += query + 2 * key_value  # into attention
+    numbers = 2 * residual  # inputs of the two norms
+    numbers += 2 * c.hidden  # inputs of the qkv projection and of the MLP
+    numbers += query + 2 * key_value  # inputs of attention
     if c.qk_norm or (c.position == "rope" and tensor <= c.kv_heads):
-        numbers += query + key_value  # before they are turned: one tensor with the values
-    numbers += query  # out of attention
+        numbers += query + key_value  # before rotation: one tensor with the values
+    numbers += query  # output of attention
     numbers += c.ffn / tensor * (4 if c.mlp == "swiglu" else 2)  # in the MLP
     masks = 2 * residual if c.dropout else 0.0
     return element * numbers + masks
@@ -169,15 +170,16 @@ def block_bytes(config: GPTConfig, tensor: int, sequence_parallel: bool, element
 def _activation_bytes(
     recipe: Recipe, layout: Layout, element: int, stage: int, first: int, last: int
 ) -> float:
-    """The peak of a stage: what its micro batches keep, and the work on one of them.
+    """A stage's peak: the activations kept for its micro batches, plus working memory for one.
 
-    Kept: the blocks, or with recomputation a hidden vector a block; what a stage sends; on the last
-    stage what goes into the norm and the projection, and the log-probabilities in fp32 (4 bytes a
-    logit; the pipeline engine holds the logits too). At work, the larger of
-    - the loss: 8 bytes per logit for its gradient and that of the log-probabilities, and over tensor
-      ranks the logits' own;
-    - the backward pass of a block: half of what it keeps, once again for the gradients on their way,
-      and with recomputation all of it before.
+    Kept: the blocks' activations, or with recomputation one hidden vector per block; the tensors
+    that the stage sends; on the last stage, the inputs of the norm and the projection, and the
+    log-probabilities in fp32 (4 bytes per logit; the pipeline engine also holds the logits).
+    Working memory is the larger of
+    - the loss: 8 bytes per logit for its gradient and that of the log-probabilities, plus, with
+      tensor parallelism, the logits' own bytes;
+    - the backward pass of a block: half of what the block keeps, for the gradients in flight, plus,
+      with recomputation, all of what it keeps.
     """
     assert isinstance(recipe.model, GPTModel)
     c, tensor = recipe.model.shape, layout.grid["tensor"]

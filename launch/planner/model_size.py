@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def model_size(recipe: Recipe) -> tuple[int, float]:
     """Number of parameters, and FLOPs to train on one token (`models.config.flops_per_token`).
 
-    A transformers model is built on the meta device; its attention term takes the number of layers
-    and the query width from its config, where they have the usual names.
+    A transformers model is built on the meta device; its attention term uses the number of layers
+    and the query width from its config, if they have the usual names.
     """
     sequence = recipe.data.sequence_length
     if not isinstance(recipe.model, HFModel):
