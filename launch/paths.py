@@ -1,4 +1,4 @@
-"""Where the checkout lies; the one place that knows."""
+"""The path of the checkout, defined only here."""
 
 from pathlib import Path
 

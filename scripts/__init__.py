@@ -1,1 +1,1 @@
-"""What a person runs by hand; nothing imports from here."""
+"""Command-line scripts; nothing imports from here."""

@@ -1,10 +1,10 @@
-"""How fast does a recipe train here, against a plain PyTorch loop on one device of this machine?
+"""Benchmark a recipe against a plain PyTorch loop on one device of this machine.
 
     python scripts/bench.py --config recipes/gpt_tiny_zero2.yaml --ranks 2
 
-Runs some steps of both, in turns and in fresh processes, and prints tokens/s, their ratio and the
-peak memory. Compare ratios rather than tokens/s: they hold on a busy machine too. Without GPUs the
-plain loop uses all cores, and so do the ranks together; there the ratio in total is the fair one.
+Runs some steps of both, alternating and in fresh processes, and prints tokens/s, their ratio and
+peak memory. Compare ratios rather than tokens/s: they also hold on a busy machine. Without GPUs,
+the plain loop uses all cores, and so do the ranks together; then the total ratio is the fair one.
 """
 
 import sys
@@ -29,7 +29,7 @@ from launch.runtime.local_launcher import choose_ranks
 
 
 def table(recipe: Recipe, speeds: list[Speed]) -> Table:
-    """The configurations and their ratios, as a person reads them."""
+    """A readable table of the configurations and their ratios."""
     plain = speeds[0]
     found = Table(
         "", "ranks", "tokens/s", "per rank", "ratio, total", "ratio, a rank", "s/step", box=None
@@ -53,7 +53,7 @@ def table(recipe: Recipe, speeds: list[Speed]) -> Table:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,10 +78,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Time both and print.
+    """Time both and print the results.
 
     Raises:
-        UserError: for numbers that make no sense, and as `launch.perf.benchmark.bench`.
+        UserError: for invalid numbers; see also `launch.perf.benchmark.bench`.
     """
     for name, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
         value = getattr(given, name)
@@ -102,7 +102,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and do what it says."""
+    """Command-line entry point."""
     given = parse_arguments(arguments)
     with one_line_errors():
         run(given)

@@ -1,4 +1,4 @@
-"""Build DeepSpeed's C++ ops ahead of time, so that no training run has to wait for them."""
+"""Build DeepSpeed's C++ ops ahead of time, so that training does not wait for them."""
 
 import sys
 from pathlib import Path
@@ -11,11 +11,11 @@ import time
 from launch.runtime.failures import one_line_errors
 from launch.runtime.op_builder import OPS, build_ops, use_private_cache
 
-CPU_OPS = ["cpu_adam", "async_io"]  # optimizer offload, and offload to NVMe
+CPU_OPS = ["cpu_adam", "async_io"]  # optimizer offload and NVMe offload
 
 
 def main() -> None:
-    """Build each op named on the command line, and say how long each took and where it lies."""
+    """Build the ops given on the command line, and print build times and paths."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "names",

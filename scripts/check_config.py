@@ -1,4 +1,4 @@
-"""Check DeepSpeed JSON files, anyone's: unknown keys, removed features, silent traps.
+"""Check any DeepSpeed JSON files for unknown keys, removed features and silent pitfalls.
 
 python scripts/check_config.py my_config.json other_folder/
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
 
-# The linter asks DeepSpeed for its keys and needs no device; unset, DeepSpeed looks for one and
-# writes about it to stdout.
+# The linter reads DeepSpeed's keys and needs no device; if this is unset, DeepSpeed probes for one
+# and prints to stdout.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from launch.ds_json.finding import Finding, error
@@ -22,7 +22,7 @@ from launch.errors import UserError
 
 
 def main() -> int:
-    """Print one line a finding; 1 where something must be fixed, 2 for wrong arguments."""
+    """Print one line per finding; return 1 if there are errors, 2 for invalid arguments."""
     parser = argparse.ArgumentParser(
         description="Check DeepSpeed JSON files for what DeepSpeed rejects, ignores or quietly "
         "takes otherwise.",
@@ -58,7 +58,7 @@ def _ranks(text: str) -> int:
 
 
 def _expand(path: Path) -> list[Path]:
-    # An empty folder stays in the list, so that it is reported instead of passing unseen.
+    # An empty folder stays in the list, so that it is reported instead of silently passing.
     return (sorted(path.rglob("*.json")) or [path]) if path.is_dir() else [path]
 
 

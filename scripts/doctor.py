@@ -1,11 +1,12 @@
-"""Will DeepSpeed run here, or on the hosts of a hostfile? What to fix where it will not.
+"""Check that DeepSpeed can run here, or on the hosts of a hostfile, and say how to fix problems.
 
     python scripts/doctor.py
     python scripts/doctor.py --hostfile hosts.txt --folder /shared/runs
 
-Looks at Python and packages, GPUs, compiler and JIT cache, names, ports and interfaces, disk, shared
-memory and clocks, and measures collectives between the ranks. Within a minute or two; exit code 1 where
-something FAILs. --line prints one line of this host in a second or two; Slurm jobs do so on each node.
+Checks Python and packages, GPUs, compiler and JIT cache, host names, ports and interfaces, disk,
+shared memory and clocks, and measures collectives between ranks. Takes a minute or two; exit code 1
+if a check FAILs. --line prints a one-line summary of this host in a second or two; Slurm jobs run
+it on each node.
 """
 
 import sys
@@ -48,7 +49,7 @@ COLORS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,10 +71,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def one_line(folder: Path) -> str:
-    """This host in a line, without importing a framework.
+    """One-line summary of this host, without importing a framework.
 
     Raises:
-        UserError: where a run cannot start here.
+        UserError: if a run cannot start here.
     """
     host, version = platform.node(), platform.python_version()
     if not os.access(folder, os.W_OK):
@@ -95,7 +96,7 @@ def one_line(folder: Path) -> str:
 
 
 def check_here(given: argparse.Namespace) -> list[CheckResult]:
-    """This machine alone."""
+    """Check only this machine."""
     from launch.doctor.collectives_check import measure_here
     from launch.runtime.local_launcher import choose_ranks
 
@@ -109,11 +110,11 @@ def check_here(given: argparse.Namespace) -> list[CheckResult]:
 
 
 class Answer(NamedTuple):
-    """What a host of the hostfile has shown; without facts it could not be asked."""
+    """The results of one host in the hostfile; no facts if it could not be probed."""
 
     lines: list[CheckResult]
     facts: dict[str, Any] | None = None
-    skew: float = 0.0  # seconds, of its clock against ours
+    skew: float = 0.0  # offset of its clock from ours, in seconds
 
 
 def _failed(host: str, error: UserError) -> CheckResult:
@@ -122,7 +123,7 @@ def _failed(host: str, error: UserError) -> CheckResult:
 
 
 def check_hostfile(given: argparse.Namespace) -> list[CheckResult]:
-    """Every host of the hostfile, and the network between them."""
+    """Check every host of the hostfile, and the network between them."""
     from launch.doctor.collectives_check import measure_between
 
     hosts = read_hostfile(given.hostfile)
@@ -136,11 +137,11 @@ def check_hostfile(given: argparse.Namespace) -> list[CheckResult]:
             )  # fmt: skip
         except UserError as error:
             return Answer([_failed(host, error)])
-        # The host looked at its clock at some time between our two looks.
+        # The host read its clock at some time between our two readings.
         after = time.time()
         skew = facts["clock"] - min(max(facts["clock"], before), after)
         lines = check_host(facts, several=True, port=given.port)
-        # What imports torch needs what the probe has looked for.
+        # Checks that import torch depend on the probe's results.
         if not any(line.status == "FAIL" for line in lines):
             try:
                 lines += framework_of_host(host, sys.executable, ROOT)
@@ -163,7 +164,7 @@ def check_hostfile(given: argparse.Namespace) -> list[CheckResult]:
 
 
 def show(lines: list[CheckResult]) -> None:
-    """The findings as a person reads them, the worst last: it is what stays on the screen."""
+    """Print the results with the worst last, so that they stay on the screen."""
     table = Table("", "", "", "what to do", box=None, pad_edge=False)
     for line in sorted(lines, key=lambda line: ["ok", "warn", "FAIL"].index(line.status)):
         color = COLORS[line.status]
@@ -175,7 +176,7 @@ def show(lines: list[CheckResult]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and do what it says."""
+    """Command-line entry point."""
     given = parse_arguments(arguments)
     given.folder = given.folder.absolute()
     with one_line_errors():

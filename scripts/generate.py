@@ -1,4 +1,4 @@
-"""Text from a trained run: reads a run folder's recipe and final weights, on one device.
+"""Generate text on one device, with the recipe and final weights of a run folder.
 
 .venv/bin/python scripts/generate.py runs/gpt_tiny_zero2/<time> --prompt "import "
 """
@@ -15,7 +15,7 @@ from launch.runtime.failures import one_line_errors
 
 
 def main() -> None:
-    """Load the run's model and sample from it."""
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(description="Sample text from a finished run.")
     parser.add_argument("run", type=Path, help="a run folder, or runs/<recipe> for its newest run")
     parser.add_argument("--prompt", help="what the text starts with (default: the recipe's)")
@@ -31,10 +31,10 @@ def main() -> None:
 
 
 def generate(arguments: argparse.Namespace) -> str:
-    """The sampled text, prompt included.
+    """Load the run's model and sample text, which includes the prompt.
 
     Raises:
-        UserError: where the folder holds no finished run.
+        UserError: if the folder has no finished run.
     """
     if arguments.tokens < 1 or arguments.top_k < 1 or arguments.temperature < 0:
         raise UserError("--tokens and --top-k start at 1, --temperature at 0")

@@ -1,13 +1,13 @@
 """Write ds_configs/hf/: the same configs for transformers' Trainer and for Accelerate.
 
 python scripts/make_hf_configs.py           # write them
-python scripts/make_hf_configs.py --check   # exit 1 where one is missing, old or left over
+python scripts/make_hf_configs.py --check   # exit 1 if one is missing, outdated or left over
 
-What Hugging Face owns becomes "auto", so that its arguments and the JSON cannot contradict each
-other: batch sizes, clipping, precision, and the bucket sizes that Trainer derives from the model's
-width at ZeRO-3. The optimizer is left out: Trainer then builds the AdamW that its arguments
-describe, and Accelerate takes the one from the script (both turn it into CPUAdam for offload).
-"auto" would do for Trainer there, but Accelerate cannot fill in betas and eps.
+Values that Hugging Face sets become "auto", so that its arguments and the JSON cannot conflict:
+batch sizes, clipping, precision, and the bucket sizes that Trainer derives from the model's width
+at ZeRO-3. The optimizer is omitted: Trainer then builds AdamW from its arguments, and Accelerate
+uses the one in the script (both replace it with CPUAdam for offload). "auto" would work for
+Trainer, but Accelerate cannot fill in betas and eps.
 """
 
 import argparse
@@ -37,15 +37,15 @@ _AUTO_AT_STAGE_3 = (
 
 
 def hugging_face_twin(config: dict[str, Any]) -> dict[str, Any]:
-    """A complete config with "auto" in place of every value that Hugging Face owns."""
+    """A complete config with "auto" for every value that Hugging Face sets."""
     twin = {"train_batch_size": "auto", **copy.deepcopy(config)}
     for key in _AUTO:
         twin[key] = "auto"
-    # Trainer logs by itself, and Accelerate sets this one.
+    # Trainer does its own logging, and Accelerate sets this key.
     for key in ("optimizer", "steps_per_print"):
         twin.pop(key, None)
-    # A literal false stays: these files compute in fp32 weights, and Trainer's --bf16 must not
-    # pass unseen.
+    # Keep a literal false: these files compute with fp32 weights, and Trainer's --bf16 must not
+    # go unnoticed.
     for precision in ("bf16", "fp16"):
         if twin.get(precision, {}).get("enabled"):
             twin[precision]["enabled"] = "auto"
@@ -56,13 +56,13 @@ def hugging_face_twin(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text(config: dict[str, Any]) -> str:
-    """The file's text: two spaces, and short lists of numbers on one line."""
+    """The file's text: two-space indent, short lists of numbers on one line."""
     text = json.dumps(config, indent=2)
     return re.sub(r"\[\s+([\d.e-]+),\s+([\d.e-]+)\s+\]", r"[\1, \2]", text) + "\n"
 
 
 def main() -> int:
-    """Write or compare; 1 where `--check` finds a difference."""
+    """Write or compare; return 1 if `--check` finds a difference."""
     parser = argparse.ArgumentParser(description="Generate ds_configs/hf/ from ds_configs/*.json.")
     parser.add_argument(
         "--check", action="store_true", help="write nothing, exit 1 on a difference"

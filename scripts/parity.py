@@ -1,11 +1,11 @@
-"""Is this layout numerically the same as one device? Run both, compare, and show the differences.
+"""Check that a layout is numerically equivalent to one device: run both and compare.
 
     python scripts/parity.py --config recipes/gpt_tiny_zero2.yaml --ranks 2
 
 Runs K steps of the recipe in plain PyTorch on one device, without DeepSpeed, and K steps with the
-recipe's own layout on N ranks, from the same weights on the same batches. Exit code 0: all losses,
-gradient norms and final weights agree within rounding; 1: they do not; 2: the recipe or the command
-line has to be fixed.
+recipe's own layout on N ranks, with the same initial weights and batches. Exit code 0: all losses,
+gradient norms and final weights agree within rounding; 1: they do not; 2: error in the recipe or
+command line.
 """
 
 import sys
@@ -30,13 +30,13 @@ from launch.runtime.failures import one_line_errors
 from launch.runtime.local_launcher import choose_ranks, run_local_ranks
 
 EXIT_DIFFERENT = 1
-MOST_STEPS = 10  # rounding grows from step to step, and the tolerances are for this many
+MOST_STEPS = 10  # rounding errors grow with each step; the tolerances are set for this many
 
 
 def check(recipe: Recipe, ranks: int, out: Path, uneven: bool) -> bool:
-    """Run both, print the table, save the picture; returns whether all is within the tolerance.
+    """Run both, print the table, save the plot; return whether all is within tolerance.
 
-    With `uneven`, labels count unequally (`launch/parity/weights.py`).
+    `uneven` gives labels different loss weights (`launch/parity/weights.py`).
 
     Raises:
         UserError: for a recipe that does not fit the ranks or cannot be compared, or a failed rank.
@@ -84,7 +84,7 @@ def check(recipe: Recipe, ranks: int, out: Path, uneven: bool) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and do what it says; returns the exit code."""
+    """Command-line entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,4 +119,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # torch's threads need not be waited for
+    os._exit(code)  # no need to wait for torch's threads

@@ -1,6 +1,6 @@
-"""Tokenise a recipe's data ahead of time, for example on a login node, before the GPUs are held.
+"""Tokenise a recipe's data ahead of time, for example on a login node before GPUs are allocated.
 
-The run then finds the tokens in the same cache folder (`data.cache_dir`) and starts at once.
+The run then finds the tokens in the same cache folder (`data.cache_dir`) and starts immediately.
 """
 
 import sys
@@ -17,7 +17,7 @@ from launch.runtime.failures import one_line_errors
 
 
 def main() -> None:
-    """Read the command line, tokenise, and print what there is."""
+    """Tokenise the recipe's data and print a summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_recipe_arguments(parser)
     arguments = parser.parse_args()

@@ -1,12 +1,12 @@
-r"""Submit a recipe to a cluster through that cluster's own engine, and look after it.
+r"""Submit a recipe to a cluster through its own scheduler, and monitor or cancel the job.
 
     python scripts/submit.py --recipe recipes/gpt_1b3_zero1.yaml --cluster slurm --nodes 2 \
         --gpus-per-node 8 --site site.yaml --follow
     python scripts/submit.py status
     python scripts/submit.py cancel 4711 --save
 
-The job is rendered into files that a person can read and edit, checked, and submitted; --dry-run
-prints the files instead. launch/README.md has a page for each cluster.
+The job is rendered to readable, editable files, checked and submitted; --dry-run prints the files
+instead. launch/README.md has a page for each cluster.
 """
 
 import sys
@@ -33,12 +33,12 @@ from launch.runtime.failures import one_line_errors
 
 
 def say(text: str) -> None:
-    """Print at once: somebody is watching."""
+    """Print without buffering, for live output."""
     print(text, flush=True)
 
 
 def parse_submission(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line of a submission."""
+    """Parse the command line of a submission."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,7 +65,7 @@ def parse_submission(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_care(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line of `status` and `cancel`."""
+    """Parse the command line of `status` and `cancel`."""
     parser = argparse.ArgumentParser(prog=f"submit.py {verb}")
     if verb == "status":
         parser.add_argument("job", nargs="?", help="an id or a run folder; default: all")
@@ -79,12 +79,12 @@ def parse_care(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def submit(given: argparse.Namespace) -> int:
-    """Render, check, submit; the exit code.
+    """Render, check and submit; return the exit code.
 
     Raises:
-        UserError: for whatever a person can fix, before the cluster has the job.
+        UserError: for user errors, before the job is submitted.
     """
-    # DeepSpeed, which knows its own keys, warns of a machine without GPUs; this one will not train.
+    # DeepSpeed is loaded for its config keys and would warn about missing GPUs, not needed here.
     logging.disable(logging.WARNING)
     site = load_site(given.site.absolute() if given.site else None)
     if Path(given.recipe).is_file():
@@ -117,10 +117,10 @@ def submit(given: argparse.Namespace) -> int:
 
 
 def refuse_a_second_job(job: Job) -> None:
-    """Two jobs in one run folder would write over each other's checkpoints.
+    """Reject a second job in a run folder: they would overwrite each other's checkpoints.
 
     Raises:
-        UserError: where an earlier job of the run is not over.
+        UserError: if an earlier job of the run is not over.
     """
     if (job.folder / "job.json").exists():
         earlier = find(str(job.folder))
@@ -134,10 +134,10 @@ def refuse_a_second_job(job: Job) -> None:
 
 
 def watch(record: Record) -> int:
-    """Follow a job to its end; 0 where its run has finished. Ctrl-C ends the watching alone.
+    """Follow a job to its end; return 0 if its run finished. Ctrl-C only stops following.
 
     Raises:
-        UserError: where it has not, with the ranks' own words and the place of the logs.
+        UserError: if the run did not finish, with the ranks' errors and the path of the logs.
     """
     try:
         state = follow(record, say)
@@ -155,7 +155,7 @@ def watch(record: Record) -> int:
 
 
 def status(given: argparse.Namespace) -> int:
-    """Show where jobs are."""
+    """Show the state of jobs."""
     if given.job and given.follow:
         return watch(find(given.job))
     table = Table("job", "cluster", "recipe", "state", "progress", "run folder", box=None)
@@ -171,7 +171,7 @@ def status(given: argparse.Namespace) -> int:
 
 
 def cancel(given: argparse.Namespace) -> int:
-    """End a job, at once or after a save."""
+    """Cancel a job, immediately or after a save."""
     record = find(given.job)
     if given.save:
         stop = Path(record.run) / "STOP"
@@ -190,7 +190,7 @@ def cancel(given: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and do what it says."""
+    """Command-line entry point."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     verbs = {"status": status, "cancel": cancel}
     if words and words[0] in verbs:

@@ -1,13 +1,13 @@
-"""Where does a pipeline wait? Time every instruction of real steps on every stage, and draw them.
+"""Trace a pipeline: time every instruction of real steps on every stage, and plot the timeline.
 
     python scripts/trace_pipeline.py --config recipes/gpt_tiny_pp2_zero1.yaml
 
-Trains some steps of the recipe's own layout with each schedule (1f1b, gpipe, naive) and each number of
-micro batches, and prints the share of a step that a stage is idle, the bubble, beside the ideal
-(p-1)/(m+p-1), and how many micro batches' activations each stage holds at a time. Writes timeline.png,
-trace.json (for https://ui.perfetto.dev or chrome://tracing) and bubble.csv. Exit code 0; 1 where a
-stage held another number of micro batches than its schedule says; 2: the recipe or the command line
-has to be fixed.
+Trains some steps of the recipe's own layout with each schedule (1f1b, gpipe, naive) and each number
+of micro batches. Prints the bubble (the fraction of a step that a stage is idle) next to the ideal
+(p-1)/(m+p-1), and the number of micro batches whose activations each stage holds at once. Writes
+timeline.png, trace.json (for https://ui.perfetto.dev or chrome://tracing) and bubble.csv. Exit code
+0: success; 1: a stage held a different number of micro batches than its schedule specifies; 2:
+error in the recipe or command line.
 """
 
 import sys
@@ -34,10 +34,10 @@ EXIT_DIFFERENT = 1
 
 
 def show(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int, out: Path) -> bool:
-    """Trace, print the tables, write the files; returns whether live micro batches are as expected.
+    """Trace, print the tables, write the files; return whether live micro batches are as expected.
 
     Raises:
-        UserError: as `launch.perf.pipeline_trace.trace`.
+        UserError: see `launch.perf.pipeline_trace.trace`.
     """
     from launch.perf.trace_plots import (
         bubble_table,
@@ -79,7 +79,7 @@ def show(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int, out: 
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers of micro batches, in order and each once, from for example "2,4,8".
+    """Parse numbers of micro batches such as "2,4,8" into a sorted list without duplicates.
 
     Raises:
         UserError: for anything else.
@@ -96,7 +96,7 @@ def numbers(text: str) -> list[int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and do what it says; returns the exit code."""
+    """Command-line entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -130,4 +130,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # torch's threads need not be waited for
+    os._exit(code)  # no need to wait for torch's threads

@@ -1,4 +1,4 @@
-"""Save, check, resume, and whole weights out of any layout.
+"""Save and check checkpoints, resume from them, and gather full weights from any layout.
 
-May import `runtime`, `config`, `deepspeed_patches` and what lies below them.
+May import `runtime`, `config`, `deepspeed_patches` and the layers below them.
 """

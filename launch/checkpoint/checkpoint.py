@@ -1,9 +1,9 @@
-"""Save and resume, exactly: a resumed run ends bit for bit like one that was never killed.
+"""Save and resume exactly: a resumed run is bitwise identical to an uninterrupted one.
 
-DeepSpeed writes weights and optimizer. Beside it lie each rank's random generators. The data needs
-no state: the step alone says what the next global batch holds. A checkpoint is written under a name
-that nobody reads, listed with the size of each file in a manifest, and renamed: what carries the
-name `step_...` was complete when it got it.
+DeepSpeed writes weights and optimizer states; we add the states of each rank's random generators.
+The data loader has no state: the step determines the global batch. A checkpoint is written under a
+temporary name and renamed once the manifest lists all files with their sizes, so `step_...` is
+always complete.
 """
 
 import json
@@ -31,7 +31,7 @@ from launch.runtime.process_group import RankInfo
 from launch.runtime.rng import generator_states, set_generator_states
 from launch.runtime.run_dir import RunDir
 
-# What may change between a save and the resumed run; anything else would be another run.
+# Settings that may change when a run is resumed; any other change makes it a different run.
 MAY_CHANGE = {
     "name",
     "run",
@@ -40,10 +40,10 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.eval_batches",
     "data.cache_dir",
-    # Where swap files lie: a checkpoint holds what was in them.
+    # Folders of swap files: their contents are in the checkpoint.
     "deepspeed.zero_optimization.offload_optimizer.nvme_path",
     "deepspeed.zero_optimization.offload_param.nvme_path",
-    # These follow from the recipe and the ranks, which are compared by themselves.
+    # Derived from the recipe and the ranks, which are compared separately.
     "deepspeed.train_batch_size",
     "deepspeed.train_micro_batch_size_per_gpu",
     "deepspeed.gradient_accumulation_steps",
@@ -53,7 +53,7 @@ MAY_CHANGE = {
 def identity(
     recipe: Recipe, ds_config: dict[str, Any], layout: Layout, corpus: str
 ) -> dict[str, Any]:
-    """What a run and its continuation have in common; it goes into each checkpoint's manifest.
+    """The settings that must match to resume a run; stored in each checkpoint's manifest.
 
     `ds_config` is the resolved JSON, and `corpus` the fingerprint of the tokens.
     """
@@ -73,13 +73,13 @@ def save(
     run_identity: dict[str, Any],
     ranks: RankInfo,
 ) -> Path:
-    """Write `checkpoints/step_<step>` and remove all but the newest `keep`. Every rank must call.
+    """Write `checkpoints/step_<step>` and keep only the newest `keep`. All ranks must call this.
 
-    `step` counts finished steps. Checkpoints of later steps go too: they are of a run that ended
-    when this one was started from an earlier checkpoint of it.
+    `step` counts finished steps. Checkpoints of later steps are removed too: they are left over
+    from before this run was resumed from an earlier checkpoint.
 
     Raises:
-        UserError: where the disk is full or not writable. Earlier checkpoints stay as they are.
+        UserError: if the disk is full or not writable. Earlier checkpoints are not touched.
     """
     unfinished = run.checkpoints / f".saving_{step:08d}"
     final = run.checkpoints / f"step_{step:08d}"
@@ -118,7 +118,7 @@ def save(
 
 
 def _as_user_error(error: Exception, unfinished: Path, step: int) -> Exception:
-    # torch.save wraps a full disk into a RuntimeError of its zip writer.
+    # On a full disk, the zip writer of torch.save raises a RuntimeError.
     writing = isinstance(error, OSError) or any(
         w in str(error) for w in ("PytorchStreamWriter", "iostream", "unexpected pos")
     )
@@ -136,11 +136,11 @@ def _as_user_error(error: Exception, unfinished: Path, step: int) -> Exception:
 
 
 def check(checkpoint: Path, run_identity: dict[str, Any], steps: int) -> int:
-    """The finished steps of a checkpoint that the run of `run_identity` may resume from.
+    """Check that a run can resume from a checkpoint, and return its number of finished steps.
 
     Raises:
-        UserError: where another recipe, JSON, number of ranks or corpus saved it, or where it is
-            past the `steps` of the run.
+        UserError: if it was saved with a different recipe, JSON, number of ranks or corpus, or is
+            past the run's `steps`.
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     before, now = manifest["world_size"], run_identity["world_size"]
@@ -184,10 +184,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 
 def load(engine: DeepSpeedEngine, checkpoint: Path, ranks: RankInfo) -> None:
-    """Bring engine and generators to where `checkpoint` was saved. `check` it first.
+    """Restore the engine and random generators from `checkpoint`. Call `check` first.
 
     Raises:
-        UserError: where its files cannot be read, though each has its size.
+        UserError: if its files cannot be read although their sizes are right.
     """
     generators = checkpoint / f"generators_rank{ranks.rank:04d}.pt"
     try:

@@ -1,4 +1,4 @@
-"""Whole weights under their canonical names, out of any layout."""
+"""Gather full weights under their canonical names, from any layout."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def canonical_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the name under which they are stored: tied ones once, no wrapper's prefix.
+    """Parameters by the name under which they are saved: tied ones once, without wrapper prefixes.
 
-    Of a pipeline stage, those that this rank holds, by their names in the whole model.
+    For a pipeline stage: the parameters on this rank, by their names in the whole model.
     """
     if isinstance(model, GPTPipeline):
         return dict(model.canonical_parameters())
@@ -33,20 +33,20 @@ def canonical_names(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def is_hf(model: nn.Module) -> "TypeGuard[HFCausalLM]":
-    """Whether a model is transformers' own, in our wrapper.
+    """Whether a model is our wrapper around a transformers model.
 
-    Where it is, `models.hf` is loaded already; importing it here would cost every other run the
-    seconds that transformers takes.
+    If so, `models.hf` is already loaded. Importing it here would cost all other runs the seconds
+    that transformers takes to import.
     """
     hf = sys.modules.get("models.hf")
     return hf is not None and isinstance(model, hf.HFCausalLM)
 
 
 def full_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
-    """Each whole parameter in fp32 (the master weight, where one is kept), one at a time.
+    """Yield each full parameter in fp32 (the master weight, if there is one), one at a time.
 
-    Every rank must run through all of it: each item is a collective where ZeRO, tensor or pipeline
-    parallelism has cut the model. The order is that of the model on one device.
+    Every rank must consume the whole iterator: each item is a collective if ZeRO, tensor or
+    pipeline parallelism shards the model. The order is that of the model on one device.
     """
     masters: dict[int, Tensor] = {}
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
@@ -87,7 +87,7 @@ def _over_stages(
     held: dict[str, nn.Parameter],
     local: Callable[[nn.Parameter], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter from the first stage that holds it, to all stages."""
+    """Broadcast each parameter from the first stage that holds it to all stages."""
     grid = engine.grid
     group = grid.get_pipe_parallel_group()
     holders: list[list[str]] = [[] for _ in range(engine.num_stages)]
@@ -103,7 +103,7 @@ def _over_stages(
 
 
 def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of the whole model by its canonical name, in its order."""
+    """Shapes of all parameters of the whole model, by canonical name, in model order."""
     if isinstance(model, GPT | GPTPipeline):
         with torch.device("meta"):
             whole = GPT(model.config)
@@ -112,15 +112,15 @@ def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def unsharded_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter before AutoTP and ZeRO-3 cut it."""
+    """The shape of a parameter before AutoTP and ZeRO-3 shard it."""
     cut = getattr(parameter, DS_AUTOTP_UC_META, None)
     return tuple(cut["original_shape"] if cut else getattr(parameter, "ds_shape", parameter.shape))
 
 
 def gather_tp_shards(engine: DeepSpeedEngine, parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """A whole tensor from the tensor ranks' shards of it, which may be uneven. A collective.
+    """Gather a full tensor from the tensor ranks' shards, which may be uneven. A collective.
 
-    `shard` is this rank's, with the shape that AutoTP left it, or a replica, which comes back as it is.
+    `shard` is this rank's shard in AutoTP's shape, or a replica, which is returned unchanged.
     """
     cut = getattr(parameter, DS_AUTOTP_UC_META, None)
     if cut is None or cut["replicated"]:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its files and sizes, and whether they are all there."""
+"""The manifest of a checkpoint lists its files and sizes, to detect damage."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ MANIFEST = "manifest.json"
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None where each file has its recorded size."""
+    """Describe the damage to a checkpoint folder; None if every file has its recorded size."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -24,7 +24,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def newest_complete(run: RunDir) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a line for each newer one that is damaged."""
+    """The newest complete checkpoint of a run, and a line for each newer, damaged one."""
     rejected: list[str] = []
     for candidate in sorted(run.checkpoints.glob("step_*"), reverse=True):
         wrong = find_damage(candidate)

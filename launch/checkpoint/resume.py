@@ -1,4 +1,4 @@
-"""Where a run starts: a new folder, or the newest complete checkpoint."""
+"""Choose where a run starts: in a new folder, or from the newest complete checkpoint."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from launch.runtime.run_dir import RunDir, new_folder
 
 @dataclass(frozen=True)
 class Start:
-    """The folder to write to, the checkpoint to resume from (None: step 0), and why, in a line."""
+    """The output folder, the checkpoint to resume from (None: step 0), and a one-line reason."""
 
     folder: RunDir
     checkpoint: Path | None
@@ -21,11 +21,13 @@ class Start:
 
 
 def choose_start(recipe: Recipe, resume: str | None) -> Start:
-    """Where this run writes and starts; `resume` is None, "auto", or a run's or checkpoint's path.
+    """Choose the output folder and starting point.
+
+    `resume` is None, "auto", or the path of a run or checkpoint.
 
     Raises:
-        UserError: where the path holds no complete checkpoint, where the folder already holds a
-            run that is not to be resumed, or where all of its checkpoints are damaged.
+        UserError: if the path has no complete checkpoint, if the folder already has a run and
+            `resume` is not set, or if all of its checkpoints are damaged.
     """
     parent = ROOT / "runs" / recipe.name
     fixed = RunDir(Path(recipe.run.dir).expanduser().absolute()) if recipe.run.dir else None

@@ -1,4 +1,4 @@
-"""The whole model's weights out of any engine, by their canonical names, and into one again."""
+"""Save the full weights of any engine under canonical names, and load them again."""
 
 import json
 from pathlib import Path
@@ -22,12 +22,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def save_weights(engine: DeepSpeedEngine, folder: Path, dtype: torch.dtype) -> list[Path]:
-    """Write model*.safetensors in `dtype` (rank 0 writes; every rank must call), 5 GB a file.
+    """Write model*.safetensors in `dtype`, 5 GB per file. Rank 0 writes; all ranks must call this.
 
-    Only one file's tensors are in memory at a time. Returns the files' paths.
+    Holds the tensors of only one file in memory at a time. Returns the files' paths.
 
     Raises:
-        UserError: where the disk is full or not writable.
+        UserError: if the disk is full or not writable.
     """
     shapes = {
         name: torch.empty(shape, dtype=dtype, device="meta")
@@ -64,7 +64,7 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
-        file.unlink(missing_ok=True)  # what is left of it would look like the run's weights
+        file.unlink(missing_ok=True)  # a partial file would look like the run's weights
         raise UserError(
             f"{file}: cannot write the final weights ({error}); make room, then --resume auto writes "
             "them from the last checkpoint"
@@ -72,10 +72,10 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Read model*.safetensors of `folder` into a whole, unpartitioned model.
+    """Load model*.safetensors from `folder` into an unsharded model.
 
     Raises:
-        UserError: where there are none, or they are not this model's.
+        UserError: if there are no such files, or they belong to a different model.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:

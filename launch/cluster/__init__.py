@@ -1,4 +1,4 @@
-"""A recipe as a job on Slurm, ssh hosts, OpenMPI, Kubernetes, Kubeflow or SkyPilot.
+"""Run a recipe as a job on Slurm, ssh hosts, OpenMPI, Kubernetes, Kubeflow or SkyPilot.
 
-May import `doctor`, `runtime`, `config` and what lies below them.
+May import `doctor`, `runtime`, `config` and the layers below them.
 """

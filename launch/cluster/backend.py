@@ -1,4 +1,4 @@
-"""What every cluster can do for a job, and which module does it."""
+"""The interface of all cluster backends, and the module of each."""
 
 import importlib
 from typing import Protocol, cast
@@ -6,7 +6,7 @@ from typing import Protocol, cast
 from launch.cluster.job import Job
 from launch.cluster.job_store import Record, State
 
-# Each module has a class Backend. Where the hosts see this machine's disk, the job's files lie there.
+# Each module has a class Backend. If the hosts see this machine's disk, the job's files are there.
 MODULES = {
     "slurm": "slurm",
     "ssh": "ssh_hosts",
@@ -22,42 +22,42 @@ class Backend(Protocol):
     """One kind of cluster."""
 
     def files(self, job: Job) -> dict[str, str]:
-        """The rendered files by name, the one to read first in front. Touches nothing.
+        """The rendered files by name, the main one first. No side effects.
 
         Raises:
-            UserError: where the site's settings lack something.
+            UserError: if a site setting is missing.
         """
 
     def check(self, job: Job) -> None:
-        """Look, before anything is written, whether the cluster would take and run the job.
+        """Check, before anything is written, that the cluster would accept and run the job.
 
         Raises:
-            UserError: for what would not work, in words.
+            UserError: naming what would not work.
         """
 
     def submit(self, job: Job) -> tuple[str, dict[str, str]]:
-        """Hand the job over; its files are written. Returns its id, and details for its record.
+        """Submit the job, whose files are written. Returns its id and details for its record.
 
         Raises:
-            UserError: where the cluster rejects it.
+            UserError: if the cluster rejects it.
         """
 
     def state(self, record: Record) -> State:
-        """Where the job is now.
+        """The job's current state.
 
         Raises:
-            UserError: where the cluster cannot be asked.
+            UserError: if the cluster cannot be queried.
         """
 
     def cancel(self, record: Record) -> None:
-        """End the job at once, on every host; return when no process of it is left, or it is known to end.
+        """End the job at once on every host; return when its processes are gone or certain to end.
 
         Raises:
-            UserError: where it cannot be ended.
+            UserError: if it cannot be ended.
         """
 
 
 def backend_of(cluster: str) -> Backend:
-    """The backend of one of `MODULES`."""
+    """The backend for a key of `MODULES`."""
     module = importlib.import_module(f"launch.cluster.{MODULES[cluster]}")
     return cast(Backend, module.Backend())

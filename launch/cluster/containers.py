@@ -1,4 +1,4 @@
-"""What the clusters that run containers share: the image's script, names, and commands in words."""
+"""Code shared by container clusters: the container's script, names, and cluster commands."""
 
 import json
 import re
@@ -10,13 +10,13 @@ from typing import Any
 from launch.cluster.job import Job
 from launch.errors import UserError
 
-PORT = 29500  # of the pod or rented host, which nobody shares
+PORT = 29500  # pods and rented hosts are not shared, so it is free
 ASK_SECONDS = 120
-NAME_LENGTH = 52  # of a Job: its pods' names get a number and five letters more, 63 in all
+NAME_LENGTH = 52  # limit of a Job: pod names add a number and five letters, for 63 in total
 
 
 def name_of(job: Job) -> str:
-    """A name that Kubernetes takes and that no other run of the recipe has: letters, digits, dashes."""
+    """A valid Kubernetes name (letters, digits, dashes), unique among the recipe's runs."""
     plain = re.sub(r"[^a-z0-9-]+", "-", f"{job.name}-{job.run.name}".lower()).strip("-")
     if not plain[0].isalpha():
         plain = f"r-{plain}"
@@ -28,7 +28,7 @@ def name_of(job: Job) -> str:
 
 
 def container_script(job: Job, node_rank: str, master: str, config: str, before: str = "") -> str:
-    """The shell script of a container; `node_rank` and `master` may be the cluster's variables."""
+    """The container's shell script; `node_rank` and `master` may be variables of the cluster."""
     port = job.site.port or PORT
     return job.render(
         "container.sh.j2",
@@ -41,17 +41,17 @@ def container_script(job: Job, node_rank: str, master: str, config: str, before:
 
 
 def literal(text: str) -> str:
-    """Text as Kubernetes leaves it alone: it replaces $(NAME) in commands and variables."""
+    """Escape text for Kubernetes, which expands $(NAME) in commands and variables."""
     return text.replace("$(", "$$(")
 
 
 def environment(job: Job) -> list[dict[str, str]]:
-    """The variables of a container."""
+    """A container's environment variables."""
     return [{"name": name, "value": literal(value)} for name, value in job.environment.items()]
 
 
 def require(value: str | None, key: str, example: str) -> None:
-    """Reject a site that leaves open what nobody can guess.
+    """Reject a site that lacks a setting without a sensible default.
 
     Raises:
         UserError: naming the key.
@@ -63,10 +63,10 @@ def require(value: str | None, key: str, example: str) -> None:
 
 
 def ask(command: Sequence[str], hint: str) -> str:
-    """What a cluster's command prints.
+    """Run a cluster's command and return its output.
 
     Raises:
-        UserError: where it is missing (with `hint`), hangs or fails.
+        UserError: if it is missing (with `hint`), hangs or fails.
     """
     if not shutil.which(command[0]):
         raise UserError(f"there is no {command[0]} on this machine; {hint}")
@@ -83,6 +83,6 @@ def ask(command: Sequence[str], hint: str) -> str:
 
 
 def ask_json(command: Sequence[str], hint: str) -> dict[str, Any]:
-    """The same, read as JSON."""
+    """Like `ask`, with the output parsed as JSON."""
     found: dict[str, Any] = json.loads(ask(command, hint))
     return found

@@ -1,19 +1,19 @@
-"""What the logs of a job say went wrong."""
+"""Collect errors from a job's logs."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-ERROR = re.compile(r"(?:\d+: )?error: (.*)")  # srun puts the task's number in front
+ERROR = re.compile(r"(?:\d+: )?error: (.*)")  # srun prepends the task number
 
 
 def collect_errors(logs: Iterable[Path], submitted: Path) -> list[str]:
-    """What stands behind `error: ` in logs, in their order and without repetition.
+    """Collect the messages after `error: ` in logs, in order and without duplicates.
 
     Args:
         logs: the files to read.
-        submitted: a file that was written when the job was submitted: older logs are those of an earlier
-            job in the same run folder, and left out.
+        submitted: a file written when the job was submitted. Older logs belong to an earlier job in
+            the same run folder and are skipped.
     """
     since = submitted.stat().st_mtime
     found: dict[str, None] = {}

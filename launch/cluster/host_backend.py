@@ -1,4 +1,4 @@
-"""What jobs on ssh hosts share, whichever command starts them: checks, a supervisor, state, cancel."""
+"""Code shared by jobs on ssh hosts, for any start command: checks, supervisor, state, cancel."""
 
 import os
 import platform
@@ -24,23 +24,23 @@ PLAIN_PATH = re.compile(r"[\w@+=:,./-]+")
 
 
 class HostBackend:
-    """A subclass names the script and the program that it needs, and writes the files."""
+    """Subclasses name the script and the program that it needs, and render the files."""
 
     script: str
     program: str
     package: str
-    on_every_host: bool  # whether the program has to be there too, and not only here
+    on_every_host: bool  # whether the program is needed on every host, not only here
 
     @cached_property
     def _port(self) -> dict[str, int]:
         return {}
 
     def port(self, job: Job) -> int:
-        """The job's port: drawn once, then the same for the check and the files."""
+        """The job's port: drawn once, so that the check and the files agree."""
         return self._port.setdefault(str(job.folder), master_port(job))
 
     def check_paths(self, job: Job) -> None:
-        """Reject paths that a shell on the way would take apart.
+        """Reject paths that a shell along the way would split.
 
         Raises:
             UserError: naming the path.
@@ -56,7 +56,7 @@ class HostBackend:
         """Ask each host whether it can run the job.
 
         Raises:
-            UserError: for the first thing that is wrong.
+            UserError: for the first problem found.
         """
         for program, package in ((self.program, self.package), ("ssh", "openssh-client")):
             if not shutil.which(program):
@@ -67,12 +67,12 @@ class HostBackend:
         check_hosts(job, self.port(job), {self.program: self.package} if self.on_every_host else {})
 
     def submit(self, job: Job) -> tuple[str, dict[str, str]]:
-        """Start the supervisor, which outlives this command."""
+        """Start the supervisor, which keeps running after this command."""
         (job.folder / "exit_code").unlink(missing_ok=True)
         (job.run / "STOP").unlink(missing_ok=True)
         hosts = list(hosts_of(job))
         log_file = job.folder / "job.log"
-        if log_file.exists():  # an earlier job's, whose errors are not this one's
+        if log_file.exists():  # from an earlier job, whose errors do not belong to this one
             log_file.replace(log_file.with_name(time.strftime("job_until_%Y%m%d-%H%M%S.log")))
         with log_file.open("a") as log:
             supervisor = subprocess.Popen(
@@ -92,7 +92,7 @@ class HostBackend:
         return f"{job.cluster}-{time.strftime('%H%M%S')}-{supervisor.pid}", details
 
     def state(self, record: Record) -> State:
-        """From the supervisor's last word, or from whether it lives."""
+        """Derived from the supervisor's exit code, or from whether it is alive."""
         file = Path(record.folder) / "exit_code"
         if not file.exists():
             if record.details["machine"] != platform.node():
@@ -101,7 +101,7 @@ class HostBackend:
                 )
             if self._supervisor(record) is not None:
                 return State("running", record.details["hosts"])
-            if not file.exists():  # it may have ended between the two looks
+            if not file.exists():  # it may have ended between the two checks
                 return State(
                     "failed", "its supervisor was killed; submit.py cancel ends what is left"
                 )
@@ -115,10 +115,10 @@ class HostBackend:
         return State("failed", "the job ended before the run did: it was asked to save and end")
 
     def cancel(self, record: Record) -> None:
-        """End the job on every host, through its supervisor or without.
+        """End the job on every host, through its supervisor if possible.
 
         Raises:
-            UserError: where processes may be left, naming the host.
+            UserError: naming the host on which processes may remain.
         """
         folder = Path(record.folder)
         if (folder / "exit_code").exists():

@@ -1,4 +1,4 @@
-"""Hosts that are reached by ssh: which a job gets, and whether they can run it."""
+"""Select hosts for a job over ssh, and check that they can run it."""
 
 import contextlib
 import random
@@ -13,15 +13,15 @@ from launch.doctor.remote_probe import facts_of_host, shared_token
 from launch.errors import UserError
 from launch.runtime.ssh import read_hostfile
 
-PORTS = (20_000, 32_000)  # below those that the kernel hands out by itself
-CLOCK_SECONDS = 60.0  # further apart, file times and logs mislead
+PORTS = (20_000, 32_000)  # below the kernel's ephemeral ports
+CLOCK_SECONDS = 60.0  # with a larger offset, file times and logs are misleading
 
 
 def hosts_of(job: Job) -> dict[str, int]:
-    """The first `job.nodes` hosts of the site, in the order of their ranks, with their slots.
+    """The first `job.nodes` hosts of the site with their slots, in rank order.
 
     Raises:
-        UserError: where the site names none, too few, or ones with too few slots.
+        UserError: if the site names no hosts, too few, or some with too few slots.
     """
     given = job.site.hosts
     if given.hostfile:
@@ -49,20 +49,20 @@ def hosts_of(job: Job) -> dict[str, int]:
 
 
 def master_port(job: Job) -> int:
-    """The port at which the ranks meet: the site's, or one by lot; `check_hosts` sees if it is free."""
+    """The rendezvous port: the site's, or a random one; `check_hosts` checks that it is free."""
     return job.site.port or random.SystemRandom().randrange(*PORTS)
 
 
 def check_hosts(job: Job, port: int, programs: Mapping[str, str]) -> None:
-    """Ask every host whether it could run the job. Makes the run folder, which they have to see.
+    """Check that every host can run the job. Creates the run folder, which they must see.
 
     Args:
-        job: what they would run.
-        port: where rank 0 would listen.
-        programs: what each host has to have, with the package that it is in.
+        job: the job to run.
+        port: the port on which rank 0 would listen.
+        programs: the programs that each host needs, with their packages.
 
     Raises:
-        UserError: for the first thing that is wrong, naming the host and what to do.
+        UserError: for the first problem found, naming the host and the fix.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -75,7 +75,7 @@ def check_hosts(job: Job, port: int, programs: Mapping[str, str]) -> None:
                 ) from None
             _ask_and_check(job, port, programs, token)
     except UserError:
-        with contextlib.suppress(OSError):  # one that an earlier run has made holds something
+        with contextlib.suppress(OSError):  # fails if an earlier run left files in it
             job.run.rmdir()
             job.run.parent.rmdir()
         raise

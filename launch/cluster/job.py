@@ -1,9 +1,9 @@
-"""One job: a checked recipe, a number of nodes, a site, and the folder that holds its files.
+"""A job: a checked recipe, the number of nodes, a site, and the folder with its files.
 
 <run folder>/job/
-    <recipe>.yaml   the recipe with its overrides merged in: nothing has to pass a shell
-    ...             what the cluster gets, rendered from the templates beside this file
-    logs/           a file a rank and start, <time>_rank<N>.log
+    <recipe>.yaml   the recipe with overrides applied, so that nothing is passed through a shell
+    ...             the cluster's files, rendered from the templates next to this file
+    logs/           one file per rank and start, <time>_rank<N>.log
     job.json        the record of the submission
 """
 
@@ -31,7 +31,7 @@ TEMPLATES = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted. `run` is the run folder as the job's hosts see it, `folder` is here."""
+    """A job to submit. `run` is the run folder as seen by the job's hosts, `folder` is local."""
 
     cluster: str
     recipe: Recipe
@@ -46,7 +46,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The recipe's name, in the letters that every cluster takes."""
+        """The recipe's name, in characters that every cluster accepts."""
         return self.recipe.name.replace("_", "-").lower()
 
     @property
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def logs(self) -> Path:
-        """A file a rank."""
+        """One file per rank."""
         return self.folder / "logs"
 
     @property
@@ -66,25 +66,25 @@ class Job:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What every rank gets: the site's variables, and its interface for NCCL and gloo."""
+        """Environment of every rank: the site's variables, and its interface for NCCL and gloo."""
         chosen = self.site.interface
         network = {"NCCL_SOCKET_IFNAME": chosen, "GLOO_SOCKET_IFNAME": chosen} if chosen else {}
         return {**network, **self.site.environment}
 
     @property
     def world_info(self) -> str:
-        """Nodes and their devices as `deepspeed.launcher.launch --world_info` takes them."""
+        """Nodes and their devices, encoded for `deepspeed.launcher.launch --world_info`."""
         devices = list(range(self.gpus_per_node))
         return encode_world_info({f"node{number}": devices for number in range(self.nodes)})
 
     @property
     def train(self) -> list[str]:
-        """The training command's own words, the same for each rank and each start of the job."""
+        """The training command, the same for each rank and each start of the job."""
         return ["launch/train.py", "--config", str(self.config), "--resume", "auto"]
 
     def render(self, template: str, **more: object) -> str:
-        """Fill a template of this folder in; there, `job` is this object and `q` quotes for a shell."""
-        # Nothing is escaped: these are scripts. Whatever comes from outside goes through q or tojson.
+        """Render a template of this folder with `job` (this object) and `q` (shell quoting)."""
+        # No autoescaping, as these are scripts. External values must go through q or tojson.
         environment = Environment(
             loader=FileSystemLoader(TEMPLATES),
             undefined=StrictUndefined,
@@ -105,21 +105,21 @@ def make_job(
     site: Site,
     shared_disk: bool,
 ) -> Job:
-    """Check a recipe against the ranks that it would get, and give the job its folder's name.
+    """Check a recipe against the number of ranks, and choose the job's folder.
 
     Args:
-        cluster: what `scripts/submit.py --cluster` was given.
-        recipe_file: as `launch.config.load.load_recipe`.
-        overrides: as `launch.config.load.load_recipe`. With run.dir among them the job goes on with that
-            run, from its newest checkpoint.
+        cluster: the value of `scripts/submit.py --cluster`.
+        recipe_file: see `launch.config.load.load_recipe`.
+        overrides: see `launch.config.load.load_recipe`. If they set run.dir, the job resumes that
+            run from its newest checkpoint.
         nodes: number of hosts.
-        gpus_per_node: ranks on each.
+        gpus_per_node: ranks per host.
         site: the site's settings.
-        shared_disk: whether the hosts see the folders of this one; else the run folder lies on a
-            volume of theirs, and the job's files stay here.
+        shared_disk: whether the hosts see this machine's folders; otherwise the run folder is on
+            their own volume, and the job's files stay here.
 
     Raises:
-        UserError: for numbers below one, and for whatever recipe, layout or DeepSpeed reject.
+        UserError: for numbers below one, and for errors in the recipe, layout or DeepSpeed config.
     """
     for flag, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if value < 1:
@@ -137,7 +137,7 @@ def make_job(
         run = ROOT / run
     folder = (run if shared_disk else here / recipe.name / run.name) / "job"
     _, values = read_values(recipe_file, overrides)
-    # Interpolations are left to the hosts, so one in a path of ours has to be escaped.
+    # The hosts resolve interpolations, so interpolation syntax in our paths must be escaped.
     OmegaConf.update(values, "run.dir", str(run).replace("${", "\\${"), force_add=True)
     text = f"# {recipe_file} as it was submitted, with its overrides.\n{OmegaConf.to_yaml(values)}"
     return Job(cluster, recipe, text, layout, nodes, gpus_per_node, site, run, folder)
@@ -148,7 +148,7 @@ def _mount(cluster: str, site: Site) -> str:
 
 
 def notes(job: Job) -> list[str]:
-    """What a person should know before the job runs, though it is allowed."""
+    """Warnings to show before the job runs."""
     found = []
     if job.layout.grid["tensor"] > job.gpus_per_node:
         found.append(
@@ -164,10 +164,10 @@ def notes(job: Job) -> list[str]:
 
 
 def write_files(job: Job, files: dict[str, str]) -> None:
-    """Put the job's recipe and its rendered files into its folder.
+    """Write the job's recipe and rendered files to its folder.
 
     Raises:
-        UserError: where the folder cannot be written.
+        UserError: if the folder is not writable.
     """
     try:
         job.logs.mkdir(parents=True, exist_ok=True)

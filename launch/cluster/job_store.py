@@ -1,4 +1,4 @@
-"""What was submitted, kept so that status and cancel find it again."""
+"""Records of submitted jobs, for status and cancel."""
 
 import contextlib
 import json
@@ -15,20 +15,20 @@ INDEX = ROOT / "runs" / "jobs.jsonl"
 
 @dataclass(frozen=True)
 class State:
-    """Where a job is; `detail` is a few words, for example why it waits."""
+    """A job's state; `detail` is a few words, for example why it is pending."""
 
     kind: Literal["pending", "running", "completed", "failed", "cancelled", "unknown"]
     detail: str = ""
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Whether this state is final."""
         return self.kind in ("completed", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One submission. `details` is its backend's own: hosts, pids, a namespace."""
+    """One submission. `details` is specific to the backend: hosts, pids, a namespace."""
 
     id: str
     cluster: str
@@ -40,12 +40,12 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end, and not only the job."""
+        """Whether the run is complete, not only the job."""
         return (Path(self.run) / "summary.json").exists()
 
 
 def remember(job: Job, identifier: str, details: dict[str, str]) -> Record:
-    """Write a submission's record into its folder, and the folder's place into the index."""
+    """Write a submission's record to its folder, and add the folder's path to the index."""
     record = Record(
         identifier, job.cluster, job.recipe.name, job.recipe.train.steps, str(job.run),
         str(job.folder), details,
@@ -58,7 +58,7 @@ def remember(job: Job, identifier: str, details: dict[str, str]) -> Record:
 
 
 def records() -> list[Record]:
-    """Every submission from this checkout whose folder is still there, oldest first."""
+    """All submissions from this checkout whose folders still exist, oldest first."""
     folders: dict[str, None] = {}
     for line in INDEX.read_text().splitlines() if INDEX.exists() else []:
         folders[json.loads(line)["folder"]] = None
@@ -70,10 +70,10 @@ def records() -> list[Record]:
 
 
 def find(word: str) -> Record:
-    """The submission with this id, run folder or job folder.
+    """Find a submission by id, run folder or job folder.
 
     Raises:
-        UserError: where there is none; it names the latest ones.
+        UserError: if there is none; the message lists the latest ones.
     """
     path = Path(word).expanduser().absolute()
     for file in (path / "job.json", path / "job" / "job.json"):

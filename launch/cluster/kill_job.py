@@ -1,10 +1,10 @@
-"""Ends what is left of one job on the host that it runs on. Needs nothing but Python.
+"""Kill the remaining processes of a job on this host. Needs only Python.
 
     python3 launch/cluster/kill_job.py /shared/runs/gpt/20261123-020000/job
 
-A process is the job's when it has both the training script and a path in the job's folder among its
-words: its ranks, their launcher, and the commands that started those. No other job has that folder.
-So is what runs the job's node.sh: mpirun, whose words do not have the training script.
+A process belongs to the job if its arguments contain both the training script and a path in the
+job's folder, which is unique: the ranks, their launcher, and the commands that started them. So
+does a process that runs the job's node.sh: mpirun, whose arguments lack the training script.
 """
 
 import os
@@ -18,7 +18,7 @@ SECONDS_TO_END = 10.0
 
 
 def processes_of(folder: str) -> list[int]:
-    """The ids of the job's living processes on this host."""
+    """The PIDs of the job's live processes on this host."""
     node_script = {"bash", f"{folder}/node.sh"}
     found = []
     for entry in Path("/proc").iterdir():
@@ -26,7 +26,7 @@ def processes_of(folder: str) -> list[int]:
             continue
         try:
             words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         training = SCRIPT in words and any(f"{folder}/" in word for word in words)
         if training or node_script <= set(words):
@@ -35,7 +35,7 @@ def processes_of(folder: str) -> list[int]:
 
 
 def end(folder: str) -> int:
-    """End them, with SIGTERM first and SIGKILL for those that stay; returns how many there were."""
+    """End them with SIGTERM, then the remaining ones with SIGKILL; return their number."""
     there = processes_of(folder)
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + SECONDS_TO_END

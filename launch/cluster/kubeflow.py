@@ -1,15 +1,15 @@
-"""Kubeflow Trainer: a TrainJob on its torch runtime, which makes the pods and numbers them."""
+"""Kubeflow Trainer: a TrainJob on its torch runtime, which creates and numbers the pods."""
 
 from launch.cluster import kubernetes
 from launch.cluster.containers import container_script, environment, literal, name_of, require
 from launch.cluster.job import Job
 
-# A TrainJob mounts no ConfigMap of ours before its pods exist, so the recipe travels in a variable.
+# A TrainJob cannot mount our ConfigMap before its pods exist, so the recipe is sent in a variable.
 WRITE_RECIPE = 'mkdir -p /tmp/job && printf "%s" "$RECIPE_YAML" >{config}'
 
 
 class Backend(kubernetes.Backend):
-    """Submits with kubectl; state and cancel are those of a Job."""
+    """Submits with kubectl; state and cancel work as for a Job."""
 
     resource, template, file = "trainjob", "kubeflow.yaml.j2", "kubeflow.yaml"
 

@@ -1,4 +1,4 @@
-"""Kubernetes: an Indexed Job of one pod a node, a headless Service, and the recipe in a ConfigMap."""
+"""Kubernetes: an Indexed Job, one pod per node, a headless Service, and a ConfigMap (recipe)."""
 
 from launch.cluster.containers import (
     ask,
@@ -23,7 +23,7 @@ class Backend:
     resource, template, file = "job", "kubernetes.yaml.j2", "kubernetes.yaml"
 
     def files(self, job: Job) -> dict[str, str]:
-        """One file of manifests."""
+        """One file with all manifests."""
         kube, name = job.site.kubernetes, name_of(job)
         require(
             kube.image, "kubernetes.image", "registry.example/train:1 (launch/cluster/Dockerfile)"
@@ -39,10 +39,10 @@ class Backend:
         return {self.file: text}
 
     def check(self, job: Job) -> None:
-        """Ask the cluster whether it would take the manifests.
+        """Ask the cluster whether it would accept the manifests.
 
         Raises:
-            UserError: without kubectl, or in its words.
+            UserError: if kubectl is missing, or with kubectl's message.
         """
         ask(["kubectl", "get", self.resource, "--namespace", job.site.kubernetes.namespace], HINT)
 
@@ -52,7 +52,7 @@ class Backend:
         return name_of(job), {"namespace": job.site.kubernetes.namespace}
 
     def state(self, record: Record) -> State:
-        """From the job's conditions."""
+        """Derived from the job's conditions."""
         try:
             status = ask_json(
                 ["kubectl", "get", self.resource, record.id, "--namespace",
@@ -69,7 +69,7 @@ class Backend:
                 return State("completed")
             if condition["type"] == "Failed":
                 return State("failed", str(condition.get("message", "")))
-        # A TrainJob counts its pods in a list of its jobs.
+        # A TrainJob reports its pod counts in a list of jobs.
         jobs = status.get("jobsStatus", [status])
         active, ready = (sum(job.get(key, 0) for job in jobs) for key in ("active", "ready"))
         if active:

@@ -1,4 +1,4 @@
-"""Watching a job from outside: its state from the cluster, its progress from metrics.jsonl."""
+"""Monitor a job from outside: its state from the cluster, its progress from metrics.jsonl."""
 
 import re
 import signal
@@ -14,15 +14,15 @@ from launch.runtime.run_dir import read_metrics
 from launch.runtime.signals import REASONS
 
 LOOK_EVERY_SECONDS = 1.0
-# Asking the cluster costs its scheduler something; the metrics file is only a file.
+# Queries load the cluster's scheduler; reading the metrics file is cheap.
 ASK_EVERY_SECONDS = 5.0
-# What follows from a failure elsewhere, and is not worth a person's time where the failure itself is told.
+# Errors that result from a failure elsewhere; omitted if the failure itself is reported.
 EFFECTS = (LOST_CONNECTION, REASONS[signal.SIGTERM], "the ranks ended with exit code")
 OF_A_RANK = re.compile(r"^\[rank \d+\] ")
 
 
 def progress(record: Record) -> str:
-    """How far the run is, in a few words."""
+    """The run's progress in a few words."""
     steps = [r for r in read_metrics(Path(record.run) / "metrics.jsonl") if "loss" in r]
     if not steps:
         return f"step 0/{record.steps}"
@@ -31,7 +31,7 @@ def progress(record: Record) -> str:
 
 
 def follow(record: Record, say: Callable[[str], None]) -> State:
-    """Say what the job does until it is over; returns its last state."""
+    """Report the job's progress until it is over; return its last state."""
     backend = backend_of(record.cluster)
     state, shown, asked = State("unknown"), "", -ASK_EVERY_SECONDS
     while True:
@@ -51,7 +51,7 @@ def follow(record: Record, say: Callable[[str], None]) -> State:
 
 
 def errors(record: Record) -> list[str]:
-    """The `error:` lines in the logs of the job and of its ranks, without repetition: causes, if told."""
+    """Unique `error:` lines of the job's and ranks' logs; only root causes, if there are any."""
     folder = Path(record.folder)
     logs = (*sorted(folder.glob("*.log")), *sorted(folder.glob("logs/*.log")))
     told = collect_errors(logs, submitted=folder / f"{record.recipe}.yaml")

@@ -1,4 +1,4 @@
-"""Hosts by mpirun: it starts one process on each, DeepSpeed's per-node launcher."""
+"""Hosts through mpirun, which starts DeepSpeed's per-node launcher on each."""
 
 import os
 
@@ -13,7 +13,7 @@ class Backend(HostBackend):
     script, program, package, on_every_host = "openmpi.sh", "mpirun", "openmpi-bin", True
 
     def files(self, job: Job) -> dict[str, str]:
-        """The script, what it runs on each host, and mpirun's hostfile."""
+        """The script, the per-host script, and mpirun's hostfile."""
         self.check_paths(job)
         hosts = list(hosts_of(job))
         return {

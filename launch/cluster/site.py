@@ -1,6 +1,6 @@
-"""What is particular to a site, in one small YAML: partition, account, image, interface, environment.
+"""Site settings in one small YAML: partition, account, image, interface, environment.
 
-launch/cluster/site.example.yaml documents every key. Templates hold no site's names or paths.
+launch/cluster/site.example.yaml documents every key. Templates contain no site-specific names.
 """
 
 from pathlib import Path
@@ -19,13 +19,13 @@ class _Block(BaseModel):
 
 
 class Slurm(_Block):
-    """Options of sbatch; None leaves a choice to the cluster."""
+    """Options of sbatch; None means the cluster's default."""
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     time: str | None = None
-    save_seconds: PositiveInt = 300  # so long before the time limit the run is told to save
+    save_seconds: PositiveInt = 300  # how long before the time limit the run is told to save
     gpus: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
     requeue: bool = True
     options: list[str] = []
@@ -35,14 +35,14 @@ class Slurm(_Block):
 
 
 class Hosts(_Block):
-    """Hosts that are reached by ssh or mpirun, in the order of their ranks."""
+    """Hosts for ssh or mpirun, in rank order."""
 
     hostfile: str | None = None
     hosts: list[str] = []
 
 
 class Kubernetes(_Block):
-    """Where pods run and what they get. `claim` is a volume that all of them can write to."""
+    """Settings of pods. `claim` is a volume that all pods can write to."""
 
     namespace: str = "default"
     image: str | None = None
@@ -55,7 +55,7 @@ class Kubernetes(_Block):
 
 
 class SkyPilot(_Block):
-    """What to rent; `accelerators` without its number, which is --gpus-per-node."""
+    """The hosts to rent; `accelerators` has no count, which is --gpus-per-node."""
 
     accelerators: str | None = None
     infra: str | None = None
@@ -65,7 +65,7 @@ class SkyPilot(_Block):
 
 
 class Site(_Block):
-    """One site. `runs` is a folder that every host sees; `python` runs on every host."""
+    """One site. `runs` is a folder visible to every host; `python` must exist on every host."""
 
     python: str | None = None
     runs: str | None = None
@@ -79,7 +79,7 @@ class Site(_Block):
 
 
 def load_site(path: Path | None) -> Site:
-    """Read a site file; without one, everything is left to the cluster.
+    """Read a site file; without one, the cluster's defaults apply.
 
     Raises:
         UserError: naming the file and the key.
@@ -94,7 +94,7 @@ def load_site(path: Path | None) -> Site:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a site is a mapping; see launch/cluster/site.example.yaml")
-    # YAML reads NCCL_DEBUG: 1 as a number; a variable's value is text.
+    # YAML parses NCCL_DEBUG: 1 as a number, but environment variables are strings.
     if isinstance(values.get("environment"), dict):
         values["environment"] = {k: _as_text(v) for k, v in values["environment"].items()}
     try:

@@ -1,4 +1,4 @@
-"""SkyPilot: a task on hosts that it rents, with the runs in a bucket."""
+"""SkyPilot: a task on rented hosts, with the runs in a bucket."""
 
 import re
 
@@ -8,7 +8,7 @@ from launch.cluster.job_store import Record, State
 from launch.cluster.kubeflow import WRITE_RECIPE
 
 HINT = "run: pip install 'skypilot[aws]' (or your cloud's name) in an environment of its own"
-# `sky queue` says PENDING, SETTING_UP, RUNNING and so on; ours are the words of every cluster.
+# Map states of `sky queue` (PENDING, SETTING_UP, RUNNING, ...) to ours.
 STATES: dict[str, State] = {
     "INIT": State("pending"),
     "PENDING": State("pending"),
@@ -26,7 +26,7 @@ class Backend:
     """Submits with sky."""
 
     def files(self, job: Job) -> dict[str, str]:
-        """One task."""
+        """One task file."""
         sky, config = job.site.skypilot, f"/tmp/job/{job.recipe.name}.yaml"
         require(sky.accelerators, "skypilot.accelerators", "H100")
         require(sky.bucket, "skypilot.bucket", "s3://my-runs")
@@ -42,26 +42,26 @@ class Backend:
         }
 
     def check(self, job: Job) -> None:
-        """See that sky is there.
+        """Check that sky is installed.
 
         Raises:
-            UserError: without it.
+            UserError: if it is not.
         """
         ask(["sky", "--version"], HINT)
 
     def submit(self, job: Job) -> tuple[str, dict[str, str]]:
-        """Rent the hosts and start; they are given back when the task is over."""
+        """Rent the hosts and start the task; they are released when it is over."""
         name = name_of(job)
         file = str(job.folder / "skypilot.yaml")
         ask(["sky", "launch", "--yes", "--detach-run", "--down", "--cluster", name, file], HINT)
         return name, {}
 
     def state(self, record: Record) -> State:
-        """From the rented cluster's queue, whose only job it is."""
+        """Derived from the queue of the rented cluster, which has only this job."""
         shown = ask(["sky", "queue", record.id], HINT)
         words = re.findall("|".join(rf"\b{word}\b" for word in STATES), shown)
         return STATES[words[-1]] if words else State("unknown")
 
     def cancel(self, record: Record) -> None:
-        """Give the hosts back."""
+        """Release the hosts."""
         ask(["sky", "down", "--yes", record.id], HINT)

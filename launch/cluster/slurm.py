@@ -1,6 +1,6 @@
-"""Slurm: one batch job, one task a node, and in it DeepSpeed's per-node launcher.
+"""Slurm: one batch job with one task per node, which runs DeepSpeed's per-node launcher.
 
-Run as a program on a node, it says which of the node's GPUs are the job's: see `devices` below.
+As a program on a node, it prints the node's `--world_info`: see `world_info_of_node`.
 """
 
 import os
@@ -22,7 +22,7 @@ ASK_SECONDS = 60
 GONE_WITHIN_SECONDS = 120.0
 PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
-# What Slurm's commands say where they find no cluster, and what to do.
+# Messages of Slurm's commands if there is no cluster, and the fix.
 NO_CLUSTER = {
     "Could not establish a configuration source": "this machine belongs to no Slurm cluster; submit from a "
     "login node, or name its slurm.conf in SLURM_CONF",
@@ -32,7 +32,7 @@ NO_CLUSTER = {
 
 
 class Backend:
-    """Submits with sbatch, asks squeue and scontrol, ends with scancel."""
+    """Submits with sbatch, queries squeue and scontrol, cancels with scancel."""
 
     def files(self, job: Job) -> dict[str, str]:
         """The batch script."""
@@ -46,10 +46,11 @@ class Backend:
         }
 
     def check(self, job: Job) -> None:
-        """Ask Slurm whether it would ever start this job.
+        """Ask Slurm whether it could ever start this job.
 
         Raises:
-            UserError: without Slurm's commands, for an unknown partition, or in Slurm's own words.
+            UserError: if Slurm's commands are missing or the partition is unknown; otherwise with
+                Slurm's message.
         """
         for program in ("sbatch", "squeue", "scontrol", "scancel", "sinfo"):
             if not shutil.which(program):
@@ -67,7 +68,7 @@ class Backend:
         _ask(["sbatch", "--test-only"], script, rejected="Slurm would not run this job")
 
     def submit(self, job: Job) -> tuple[str, dict[str, str]]:
-        """Hand the script to sbatch; the id is Slurm's."""
+        """Submit the script with sbatch; the id is Slurm's job id."""
         answer = _ask(
             ["sbatch", "--parsable", str(job.folder / "job.sbatch")],
             rejected="sbatch rejected the job",
@@ -75,7 +76,7 @@ class Backend:
         return answer.strip().partition(";")[0], {}
 
     def state(self, record: Record) -> State:
-        """From squeue and scontrol, and once Slurm has forgotten the job, from sacct or the run folder."""
+        """From squeue and scontrol; for jobs unknown there, from sacct or the run folder."""
         line = _ask(
             ["squeue", "--noheader", "--states=all", "--jobs", record.id, "--format=%T|%r|%N"],
             unknown_is_empty=True,
@@ -99,7 +100,7 @@ class Backend:
         return State("failed", f"{state.lower()}, {detail}")
 
     def cancel(self, record: Record) -> None:
-        """Have Slurm end the job, and wait until no process of it is left."""
+        """Cancel the job, and wait until none of its processes is left."""
         _ask(["scancel", record.id], unknown_is_empty=True)
         deadline = time.monotonic() + GONE_WITHIN_SECONDS
         while _ask(
@@ -136,10 +137,10 @@ def _ask(
     rejected: str = "",
     unknown_is_empty: bool = False,
 ) -> str:
-    """What a command of Slurm prints.
+    """Run a Slurm command and return its output.
 
     Raises:
-        UserError: with its reason in one line; `unknown_is_empty`: an unknown job is no error.
+        UserError: with the reason in one line; with `unknown_is_empty`, not for an unknown job.
     """
     try:
         done = subprocess.run(
@@ -166,16 +167,16 @@ def _ask(
 
 
 def world_info_of_node(nodes: int, gpus_per_node: int, visible: str | None) -> str:
-    """`--world_info` for this node's launcher, which gives its ranks the devices that it lists.
+    """`--world_info` for this node's launcher, which assigns the listed devices to its ranks.
 
     Args:
-        nodes: number of nodes; of the others only the number of devices counts here.
-        gpus_per_node: ranks on each.
-        visible: CUDA_VISIBLE_DEVICES as Slurm has set it, perhaps "4,5" on a shared node; None or empty
-            where Slurm hands no GPUs out.
+        nodes: number of nodes; for the other nodes, only the number of devices matters here.
+        gpus_per_node: ranks per node.
+        visible: CUDA_VISIBLE_DEVICES as set by Slurm, for example "4,5" on a shared node; None or
+            empty if Slurm does not manage GPUs.
 
     Raises:
-        UserError: where Slurm has given another number of GPUs.
+        UserError: if Slurm has assigned a different number of GPUs.
     """
     own = visible.split(",") if visible else [str(number) for number in range(gpus_per_node)]
     if len(own) != gpus_per_node:

@@ -1,4 +1,4 @@
-"""Hosts by ssh: the `deepspeed` command with a hostfile, which starts them through pdsh."""
+"""Hosts over ssh: the `deepspeed` command with a hostfile, which starts them through pdsh."""
 
 import re
 
@@ -7,7 +7,7 @@ from launch.cluster.hosts import hosts_of
 from launch.cluster.job import Job
 from launch.errors import UserError
 
-# What DeepSpeed writes into the remote command as it is; anything else it puts between double quotes.
+# Values that DeepSpeed puts into the remote command unquoted; all others get double quotes.
 PLAIN_VALUE = re.compile(r"[\w@%+=:,./-]*")
 
 
@@ -17,7 +17,7 @@ class Backend(HostBackend):
     script, program, package, on_every_host = "ssh.sh", "pdsh", "pdsh", False
 
     def files(self, job: Job) -> dict[str, str]:
-        """The script, DeepSpeed's hostfile and its file of variables."""
+        """The script, DeepSpeed's hostfile and its environment file."""
         self.check_paths(job)
         hosts = list(hosts_of(job))
         return {
@@ -30,15 +30,15 @@ class Backend(HostBackend):
 
 
 def escaped(name: str, value: str) -> str:
-    """A variable's value for `.deepspeed_env`, so that it arrives as it is.
+    """Escape a variable's value for `.deepspeed_env`, so that it arrives unchanged.
 
-    DeepSpeed strips it, puts it between double quotes unless it is plain, and hands it to pdsh, which
-    replaces %n and the like, and then to a shell on the host.
+    DeepSpeed strips it, puts it in double quotes unless it is plain, and passes it to pdsh, which
+    expands %n and similar, and then to a shell on the host.
 
     Raises:
-        UserError: for a value of several lines, which that file cannot hold.
+        UserError: for a multi-line value, which that file cannot represent.
     """
-    if len(f"{value}.".splitlines()) > 1:  # a carriage return too ends a line of that file
+    if len(f"{value}.".splitlines()) > 1:  # a carriage return also ends a line in that file
         raise UserError(
             f"environment.{name}: a value of several lines cannot be handed over by deepspeed; "
             "put it into a file"
@@ -46,7 +46,7 @@ def escaped(name: str, value: str) -> str:
     if PLAIN_VALUE.fullmatch(value):
         return value.replace("%", "%%")
     text = re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
-    # DeepSpeed strips the value, so a blank at its ends needs a pair of quotes outside of it.
+    # DeepSpeed strips the value, so leading or trailing spaces are protected by `""` beyond them.
     before = '""' if text != text.lstrip() else ""
     after = '""' if text != text.rstrip() else ""
     return f"{before}{text}{after}"

@@ -1,9 +1,9 @@
-"""Stays beside a job on ssh hosts until it is over, and ends it everywhere when a part of it fails.
+"""Supervise a job on ssh hosts until it is over, and end it everywhere if any part fails.
 
     python -m launch.cluster.supervise JOB_FOLDER SCRIPT PYTHON HOST ...
 
-`deepspeed` over pdsh does not: when a rank on one host fails it waits for the others to end by
-themselves, and it passes on no signal. The job's output is in job.log, and its end in exit_code.
+`deepspeed` over pdsh does not: if a rank on one host fails, it waits for the others to end by
+themselves, and it forwards no signals. The job's output is in job.log, its result in exit_code.
 """
 
 import os
@@ -22,20 +22,20 @@ from launch.cluster.error_log import collect_errors
 from launch.errors import UserError
 from launch.runtime.ssh import run_on_host
 
-# What pdsh writes when the command of one host has ended with another code than 0.
+# pdsh's message when the command on a host exits with a nonzero code.
 HOST_ENDED = re.compile(r"pdsh@\S+: (\S+): (?:ssh exited with exit code (\d+)|.*)")
-GRACE_SECONDS = 10.0  # for the other ranks to say why they end, and for the front end to go
+GRACE_SECONDS = 10.0  # for the other ranks to report why they end, and for the front end to exit
 STOPPED = 143
 
 
 class _Stopped(Exception):
-    """Somebody wants the job to end."""
+    """The job was asked to stop."""
 
 
 def end_everywhere(folder: Path, python: str, hosts: Sequence[str]) -> list[str]:
-    """End what is left of a job, here and on its hosts; returns a line for each where that failed.
+    """End a job's remaining processes here and on its hosts; return a line for each failure.
 
-    `python` is the interpreter on the hosts; the submission has seen that each has it.
+    `python` is the interpreter on the hosts; the submission has checked that each has it.
     """
     program = Path(kill_job.__file__).read_text()
 
@@ -53,7 +53,7 @@ def end_everywhere(folder: Path, python: str, hosts: Sequence[str]) -> list[str]
 
 
 def supervise(folder: Path, script: str, python: str, hosts: Sequence[str]) -> int:
-    """Run the job's script to its end, or to the first failure of a host; the exit code."""
+    """Run the job's script until it ends or a host fails; return the exit code."""
     with (folder / "job.log").open("a", buffering=1) as log:
         command = subprocess.Popen(
             ["bash", str(folder / script)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -82,7 +82,7 @@ def _watch(command: "subprocess.Popen[str]", log: IO[str]) -> int:
         log.write(line)
         ended = HOST_ENDED.match(line)
         if ended:
-            # The others lose their peer now, and tell it better than a signal lets them.
+            # The others now lose their peer, and report that better than they would a signal.
             time.sleep(GRACE_SECONDS / 2)
             return int(ended.group(2) or 1)
     return command.wait()
@@ -101,7 +101,7 @@ def _end_command(command: "subprocess.Popen[str]") -> None:
 
 
 def main() -> NoReturn:
-    """Supervise, and leave the exit code in a file that appears complete."""
+    """Supervise, and write the exit code to a file atomically."""
     folder, script, python, *hosts = sys.argv[1:]
 
     def stop(_number: int, _frame: object) -> None:
@@ -115,7 +115,7 @@ def main() -> NoReturn:
 
 
 def write_exit_code(folder: Path, code: int) -> None:
-    """Say that the job is over, and how."""
+    """Record that the job is over, and its exit code."""
     unfinished = folder / ".exit_code"
     unfinished.write_text(f"{code}\n")
     unfinished.replace(folder / "exit_code")

@@ -1,4 +1,4 @@
-"""What the user asked for: a recipe, its DeepSpeed JSON and its number of ranks, checked and resolved.
+"""The user's request: a recipe, its DeepSpeed JSON and the number of ranks, checked and resolved.
 
-May import `ds_json`. It needs no torch.
+May import `ds_json`. Does not need torch.
 """

@@ -1,10 +1,10 @@
-"""The arguments that every command on a recipe takes."""
+"""Command-line arguments shared by all commands that take a recipe."""
 
 import argparse
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add `--config RECIPE` and `--set KEY=VALUE ...`; both go to `launch.config.load.load_recipe`."""
+    """Add `--config RECIPE` and `--set KEY=VALUE ...`, the inputs of `load.load_recipe`."""
     parser.add_argument(
         "--config", required=required, metavar="RECIPE", help="a recipe file, recipes/*.yaml"
     )

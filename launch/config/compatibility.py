@@ -1,4 +1,4 @@
-"""Which layouts a model can take: rejected when the recipe is read, with the nearest one that works."""
+"""Reject layouts that a model does not support, and suggest the nearest one that works."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_parallel(recipe: "Recipe") -> None:
-    """What the recipe alone decides: the model's sizes against the degrees of parallelism.
+    """Check the model's sizes against the degrees of parallelism. Needs only the recipe.
 
     Raises:
         UserError: naming the key, the reason and the nearest layout.
@@ -65,7 +65,7 @@ def _divides(config: GPTConfig, tensor: int) -> bool:
         return False
     if tensor <= config.kv_heads:
         return config.kv_heads % tensor == 0
-    # Ranks that share a key/value head cut its rows among them.
+    # Ranks that share a key/value head shard its rows.
     return tensor % config.kv_heads == 0 and config.head_dim % (tensor // config.kv_heads) == 0
 
 
@@ -84,7 +84,7 @@ def _check_hf(recipe: "Recipe") -> None:
 
 
 def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout") -> None:
-    """What the recipe and the resolved JSON decide together.
+    """Check the combination of the recipe and the resolved JSON.
 
     Raises:
         UserError: naming the key, the reason and the nearest layout.
@@ -117,8 +117,8 @@ def _check_tensor(config: dict[str, Any]) -> None:
             "tensor_parallel: the recipe's parallel.tensor decides it; take the block out of the JSON"
         )
     zero = zero_block(config)
-    # Weights were 15 to 25% off after four steps with the first key; the second makes its groups
-    # alike. Proof:
+    # With the first key, weights were 15 to 25% off after four steps; the second forms its groups
+    # the same way. Proof:
     # test_rejected.py::test_hpz_mixes_the_shards_of_tensor_ranks
     for key, without in (("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False)):
         if zero.get(key, without) != without:
@@ -150,7 +150,7 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
             "pipeline.activation_checkpoint_interval: use model.checkpoint_activations, which does it "
             "in every layout"
         )
-    # Both default to whether there are tensor ranks. Proof:
+    # Both default to true if and only if the tensor degree is above 1. Proof:
     # test_rejected.py::test_pipe_partitioned_without_grad_partitioned_fails
     cut = [
         bool(settings.get(k, layout.grid["tensor"] > 1))

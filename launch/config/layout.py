@@ -1,4 +1,4 @@
-"""The batch arithmetic: how a recipe's global batch is divided over ranks and time."""
+"""Batch arithmetic: how the global batch is split over ranks and accumulation steps."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from models.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class Layout:
-    """The ranks' grid, and what each of them does in one step.
+    """The grid of ranks, and each rank's share of a step.
 
     The global batch is `grid["data"] * accumulation * micro_batch` sequences.
     """
@@ -18,10 +18,10 @@ class Layout:
     grid: Grid
     micro_batch: int
     accumulation: int
-    lowered_from: int | None = None  # the recipe's micro batch size, where a rank takes fewer
+    lowered_from: int | None = None  # the recipe's micro batch size, if it was lowered
 
     def describe(self) -> str:
-        """One line for a person: ranks, degrees, batch."""
+        """One readable line: ranks, degrees, batch."""
         return (
             f"{self.grid.world_size} ranks = {self.grid.describe()}; global batch "
             f"{self.global_batch} = data {self.grid['data']} x accumulation {self.accumulation} "
@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def global_batch(self) -> int:
-        """Sequences in one step of all ranks."""
+        """Sequences per step, over all ranks."""
         return self.grid["data"] * self.accumulation * self.micro_batch
 
     def _lowered(self) -> str:
@@ -41,13 +41,13 @@ class Layout:
 
 
 def plan_layout(recipe: Recipe, world_size: int) -> Layout:
-    """Divide the ranks into the axes of the grid, and the global batch into micro batches.
+    """Split the ranks over the axes of the grid, and the global batch into micro batches.
 
-    `train.micro_batch_size` is the most sequences that a rank takes at once: where it does not divide
-    a rank's part of the global batch, the micro batch is the largest smaller size that does.
+    `train.micro_batch_size` is an upper limit: if it does not divide a rank's share of the global
+    batch, the micro batch is the next smaller size that does.
 
     Raises:
-        UserError: where something does not divide; the message names values that do.
+        UserError: if something does not divide evenly; the message suggests values that do.
     """
     degrees = recipe.parallel.degrees()
     model_size = math.prod(degrees.values())

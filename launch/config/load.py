@@ -1,7 +1,7 @@
-"""A recipe: one YAML file plus overrides, read into frozen, validated objects.
+"""Load a recipe: one YAML file plus overrides, parsed into frozen, validated objects.
 
-The recipe owns model, data, parallel degrees, steps and global batch. The DeepSpeed JSON that it
-names owns precision, ZeRO, offload, optimizer and clipping; keys under `deepspeed:` override it.
+The recipe sets the model, data, parallel degrees, steps and global batch. The DeepSpeed JSON that
+it names sets precision, ZeRO, offload, optimizer and clipping; keys under `deepspeed:` override it.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         UserError: for a missing file, bad YAML, an unknown key (with the nearest valid one), a
-            value of the wrong type or range, or a model whose sizes contradict each other.
+            value of the wrong type or range, or a model with inconsistent sizes.
     """
     path, values = read_values(path, overrides)
     try:
@@ -36,10 +36,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_values(path: str | Path, overrides: Sequence[str]) -> tuple[Path, DictConfig]:
-    """A recipe file's place and its values with the overrides merged in, neither checked nor complete.
+    """Return a recipe file's path and its values with overrides applied, not yet validated.
 
     Raises:
-        UserError: for a missing file, bad YAML, or an override that is no key=value.
+        UserError: for a missing file, bad YAML, or an override that is not of the form key=value.
     """
     path = Path(path)
     if not path.is_file() and (ROOT / path).is_file():
@@ -67,10 +67,10 @@ def read_values(path: str | Path, overrides: Sequence[str]) -> tuple[Path, DictC
 
 
 def recipe_from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate plain values, for example those of a run folder's resolved recipe.
+    """Validate plain values, for example from a run folder's resolved recipe.
 
     Raises:
-        UserError: as `load_recipe`.
+        UserError: see `load_recipe`.
     """
     try:
         recipe = Recipe.model_validate(values)
@@ -84,10 +84,10 @@ def recipe_from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    """Reject what no number of ranks can fix.
+    """Reject errors that do not depend on the number of ranks.
 
     Raises:
-        UserError: naming the key and what to do.
+        UserError: naming the key and the fix.
     """
     if not isinstance(recipe.deepspeed.get("config"), str):
         raise UserError("deepspeed.config: name a JSON file, for example ds_configs/zero1.json")
@@ -103,7 +103,7 @@ def _check(recipe: Recipe) -> None:
 
 def _explain(error: ValidationError) -> str:
     first, others = error.errors()[0], error.error_count() - 1
-    # The discriminator's value ("gpt") is part of pydantic's location, and not of the file's.
+    # pydantic's location includes the discriminator's value ("gpt"), which is not in the file.
     location = [
         str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in ("gpt", "hf"))
     ]

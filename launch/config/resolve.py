@@ -1,7 +1,7 @@
-"""From a recipe's `deepspeed:` block to the one dict that DeepSpeed gets.
+"""Turn a recipe's `deepspeed:` block into the dict that is passed to DeepSpeed.
 
-The JSON owns precision, ZeRO, offload, optimizer and clipping; the recipe owns batch sizes and
-the schedule, and may change single keys of the JSON. What comes out is complete and linted.
+The JSON sets precision, ZeRO, offload, optimizer and clipping; the recipe sets batch sizes and the
+schedule, and can override single keys of the JSON. The result is complete and linted.
 """
 
 import copy
@@ -24,19 +24,18 @@ _OWNED_BY_RECIPE = {
     "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
     "scheduler": "train.schedule",
 }
-# DeepSpeed has no "never"; our own metrics replace its progress lines.
+# DeepSpeed's progress lines cannot be turned off; our own metrics replace them.
 _NEVER_PRINT = 10**9
 _SHOWN_ERRORS = 3
 
 
 def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    """The config for DeepSpeed: the recipe's JSON, its overrides, and the layout's batch sizes.
+    """Build DeepSpeed's config from the recipe's JSON, its overrides and the layout's batch sizes.
 
-    A key with the value null in the recipe removes that key of the JSON.
+    A key set to null in the recipe is removed from the JSON.
 
     Raises:
-        UserError: for a JSON that does not read, a key that the recipe owns elsewhere, or anything
-            that the linter calls an error.
+        UserError: for an unreadable JSON, a key that the recipe sets elsewhere, or a linter error.
     """
     path = _locate(recipe.deepspeed["config"])
     config = load_json(path)
@@ -65,11 +64,11 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         # DeepSpeed's own F.linear is on by default; see `check_composition`.
         config["zero_optimization"] = {**zero, "memory_efficient_linear": False}
     if layout.grid["pipeline"] > 1 and recipe.parallel.sequence:
-        # DeepSpeed would partition what tensor ranks send to the next stage; here it is sharded already.
+        # DeepSpeed would partition activations sent to the next stage; they are already sharded.
         config["pipeline"] = {
             **block(config, "pipeline"), "pipe_partitioned": False, "grad_partitioned": False
         }  # fmt: skip
-    # What DeepSpeed takes for granted; the run folder's copy should say it.
+    # DeepSpeed's default, made explicit in the run folder's copy.
     config.setdefault("gradient_clipping", 1.0)
     if recipe.model.family == "hf" and layout.grid["tensor"] > 1:
         config = with_autotp(config, layout.grid["tensor"])
@@ -77,7 +76,7 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
 
 
 def warnings(config: dict[str, Any], layout: Layout) -> list[str]:
-    """What is worth telling a person about a resolved config, one line each."""
+    """Warnings about a resolved config, one line each."""
     return [
         f"{finding.key}: {finding.message}"
         for finding in _lint(config, layout)
@@ -95,7 +94,7 @@ def _locate(name: str) -> Path:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `base` with `changes` laid over it, block by block; None removes a key."""
+    """Return a copy of `base` with `changes` merged in recursively; None removes a key."""
     result = copy.deepcopy(base)
     for key, value in changes.items():
         if value is None:
@@ -117,9 +116,9 @@ def _with_place(finding: Finding, path: Path, recipe: str, overrides: dict[str, 
 
 
 def with_autotp(ds_config: dict[str, Any], tensor: int) -> dict[str, Any]:
-    """A copy of a resolved DeepSpeed JSON that has AutoTP cut the model over `tensor` ranks."""
+    """Copy a resolved DeepSpeed JSON and have AutoTP shard the model over `tensor` ranks."""
     changed = copy.deepcopy(ds_config)
-    # By default AutoTP tries to leave each rank its part of the logits where embeddings are tied;
-    # the loss of models/hf.py needs them whole.
+    # With tied embeddings, AutoTP keeps the logits sharded by default; the loss in models/hf.py
+    # needs the full logits.
     changed["tensor_parallel"] = {"autotp_size": tensor, "vocab_parallel_lm_head": False}
     return changed

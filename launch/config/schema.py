@@ -23,7 +23,7 @@ class _Size(_Block):
 if TYPE_CHECKING:
     _Shape = _Size
 else:
-    # Every field of GPTConfig, checked as there, and None where a recipe leaves it out.
+    # Every field of GPTConfig with the same checks; None if the recipe omits it.
     _Shape = create_model(
         "_Shape",
         __base__=_Size,
@@ -35,16 +35,16 @@ else:
 
 
 class GPTModel(_Shape):
-    """Our own decoder: a size from the table, fields of `GPTConfig`, or both (fields win)."""
+    """Our own decoder: a named size, fields of `GPTConfig`, or both (fields take precedence)."""
 
     checkpoint_activations: bool = False
 
     @cached_property
     def shape(self) -> GPTConfig:
-        """The model's shape, with everything filled in.
+        """The model's shape with all defaults filled in.
 
         Raises:
-            UserError: for an unknown size, or sizes that contradict each other.
+            UserError: for an unknown size or inconsistent sizes.
         """
         given = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
         changes = {name: value for name, value in given.items() if value is not None}
@@ -66,10 +66,10 @@ class GPTModel(_Shape):
 
 
 class HFModel(_Block):
-    """Any causal language model of transformers, on the same engine.
+    """Any causal language model from transformers, on the same engine.
 
-    `path` is a folder or a Hub name with a config.json (weights are loaded where `pretrained`), or
-    a config.json itself. `changes` replaces single values of that config, for example to shrink it.
+    `path` is a folder or Hub name with a config.json (weights are loaded if `pretrained`), or a
+    config.json itself. `changes` overrides values of that config, for example to shrink the model.
     """
 
     family: Literal["hf"]
@@ -80,10 +80,10 @@ class HFModel(_Block):
 
 
 class Data(_Block):
-    """Where the text comes from, and how it becomes tokens: `launch/data/prepare.py`.
+    """The text source and how it is tokenised; see `launch/data/prepare.py`.
 
-    With `document_mask`, tokens see those of their own document alone, and positions count from its
-    start (arXiv:2407.21783, section 3.2); without, a row is read as one text.
+    With `document_mask`, tokens attend only within their own document, and positions count from its
+    start (arXiv:2407.21783, section 3.2); without it, a row is treated as one text.
     """
 
     source: str | list[str] = "python-stdlib"
@@ -99,12 +99,12 @@ class Data(_Block):
 
 
 class Parallel(_Block):
-    """Degrees of model parallelism; the data parallel size is what remains of the ranks.
+    """Degrees of model parallelism; the remaining factor of the world size is data parallel.
 
-    `sequence` is Megatron's sequence parallelism, over the tensor ranks. `schedule` orders the
-    passes of a pipeline (`models/pipeline_schedules.py`), and `partition` says where its layers are cut:
-    parameters, uniform or type:REGEX (`models/pipeline.py`). Every axis of `models/parallel/grid.py` but
-    the data axis has a field of its name.
+    `sequence` is Megatron's sequence parallelism over the tensor ranks. `schedule` orders the
+    pipeline's passes (`models/pipeline_schedules.py`), and `partition` splits its layers into
+    stages: parameters, uniform or type:REGEX (`models/pipeline.py`). Every axis of
+    `models/parallel/grid.py` except the data axis has a field of the same name.
     """
 
     tensor: PositiveInt = 1
@@ -114,12 +114,12 @@ class Parallel(_Block):
     partition: str = "parameters"
 
     def degrees(self) -> dict[str, int]:
-        """The number of ranks along each axis of the grid but the data axis."""
+        """The number of ranks along each axis of the grid except the data axis."""
         return {axis: getattr(self, axis) for axis in reversed(AXES) if axis != "data"}
 
 
 class Schedule(_Block):
-    """The factor on the JSON's learning rate: linear warm-up, then a decay to `min_ratio`."""
+    """The multiplier of the JSON's learning rate: linear warm-up, then decay to `min_ratio`."""
 
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -127,9 +127,9 @@ class Schedule(_Block):
 
 
 class Train(_Block):
-    """How long, how large a batch, and from which seed. Batch sizes count sequences.
+    """Steps, batch sizes (in sequences) and seed.
 
-    `micro_batch_size` is the most that a rank takes at once (`launch/config/layout.py`).
+    `micro_batch_size` is an upper limit; see `launch/config/layout.py`.
     """
 
     steps: PositiveInt
@@ -150,7 +150,7 @@ class Checkpoint(_Block):
 
 
 class Run(_Block):
-    """Where a run writes, and which trackers beside metrics.jsonl it writes to."""
+    """The output folder, and the trackers to use in addition to metrics.jsonl."""
 
     dir: str | None = None
     tensorboard: bool = True
@@ -179,9 +179,9 @@ class Recipe(_Block):
         return values
 
     def on_one_device(self, micro_batch: int | None = None) -> "Recipe":
-        """The same training without model parallelism, for the reference.
+        """The same training without model parallelism, as a reference.
 
-        With `micro_batch`, in micro batches of that size: those of the layout that it is compared with.
+        `micro_batch` sets the micro batch size, to match the layout under comparison.
         """
         train = self.train
         if micro_batch is not None:

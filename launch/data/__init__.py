@@ -1,4 +1,4 @@
-"""Text to documents, documents to tokens on disk, tokens to batches.
+"""Read text as documents, tokenise them to disk, and build batches.
 
-May import `runtime`, `config` and what lies below them.
+May import `runtime`, `config` and the layers below them.
 """

@@ -1,4 +1,4 @@
-"""A batch: tokens, what follows them, how much each counts, and where documents begin."""
+"""A batch: tokens, labels, loss weights and positions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 class MicroBatch(NamedTuple):
-    """What a model is given at once. Every tensor is `[micro_batch, sequence]`.
+    """The input of one forward pass. Every tensor is `[micro_batch, sequence]`.
 
-    The fields are the arguments of `GPT.forward`, in its order.
+    The fields are the arguments of `GPT.forward`, in the same order.
     """
 
     tokens: "Tensor"
@@ -21,7 +21,7 @@ class MicroBatch(NamedTuple):
     positions: "Tensor | None" = None
 
     def to(self, device: "torch.device") -> "MicroBatch":
-        """The same on a device."""
+        """Move all tensors to a device."""
         return MicroBatch(
             self.tokens.to(device),
             self.labels.to(device),
@@ -32,16 +32,16 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's part of a global batch. Every tensor is `[accumulation, micro_batch, sequence]`.
+    """A rank's share of a global batch. Every tensor is `[accumulation, micro_batch, sequence]`.
 
     Attributes:
         tokens: int64 ids.
-        labels: int64 ids, the token that follows each. They are shifted here, once.
-        loss_weights: fp32, how much each label's loss counts; None: once.
-        positions: int64, counted from 0 in each document, so that a document begins at each 0, and
-            tokens see those of their own document alone; None: each row is one document.
-        total_weight: the sum of the loss weights of the whole global batch, over all ranks. The loss
-            of a step is the weighted sum over all tokens divided by it.
+        labels: int64 ids of the next tokens. Already shifted; the model must not shift again.
+        loss_weights: fp32, the weight of each label's loss; None: all 1.
+        positions: int64, counted from 0 in each document, so each 0 starts a document and tokens
+            attend only within their own document; None: each row is one document.
+        total_weight: the sum of the loss weights of the global batch, over all ranks. The loss of a
+            step is the weighted sum over all tokens divided by it.
     """
 
     tokens: "Tensor"
@@ -55,7 +55,7 @@ class Batch:
         return len(self.tokens)
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """The micro batches, in the order in which they are run."""
+        """The micro batches, in execution order."""
         for i in range(len(self)):
             yield MicroBatch(
                 self.tokens[i],
@@ -66,7 +66,7 @@ class Batch:
 
 
 class ValidationSet(NamedTuple):
-    """A rank's micro batches of the fixed validation set, and the weight of all ranks' labels."""
+    """A rank's micro batches of the fixed validation set, and the label weight of all ranks."""
 
     micro_batches: list[MicroBatch]
     total_weight: float

@@ -1,4 +1,4 @@
-"""Tokens to batches, as a function of (seed, step) alone."""
+"""Build batches from tokens, as a function of (seed, step) only."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -20,24 +20,23 @@ Weights = Callable[[int], npt.NDArray[np.float32]]
 
 
 class Batches:
-    """The global batch of each step: epochs of all train sequences, each in a new order.
+    """The global batch of each step: all train sequences, reshuffled every epoch.
 
-    Which sequences make up step s depends on (seed, s) alone: not on the ranks, nor on what was read
-    before, so that a resumed run needs its step and nothing else. A batch may straddle two epochs.
-    The order is numpy's: another numpy release may give another one.
+    The sequences of step s depend only on (seed, s), not on the ranks or earlier reads, so a
+    resumed run needs only its step number. A batch can span two epochs. The order comes from numpy
+    and may change between numpy releases.
 
     Args:
         tokens: the train tokens.
-        sequence_length: tokens in a row.
-        global_batch_size: rows in a step.
-        seed: of the order.
-        separator: the token between documents, where rows are to be divided into documents; None:
-            each row is one document.
-        weights: a step's loss weights `[global_batch_size, sequence_length]`, as a function of the
-            step alone, so that each rank knows their sum; None: each label counts once.
+        sequence_length: tokens per row.
+        global_batch_size: rows per step.
+        seed: seed of the order.
+        separator: the token at which rows are split into documents; None: each row is one document.
+        weights: a step's loss weights `[global_batch_size, sequence_length]`, as a function of only
+            the step, so that each rank knows their sum; None: all 1.
 
     Raises:
-        UserError: where the text does not fill one global batch.
+        UserError: if the text does not fill one global batch.
     """
 
     def __init__(
@@ -72,13 +71,13 @@ class Batches:
         return np.concatenate(rows)
 
     def rank_batch(self, step: int, layout: Layout, data_rank: int) -> Batch:
-        """What one data parallel rank gets of a step.
+        """One data parallel rank's share of a step.
 
-        Over ranks and micro steps, each row of the global batch comes once: row
-        (micro step * data + data_rank) * micro_batch + i.
+        Each row of the global batch is used exactly once over ranks and micro steps: the i-th row
+        of a micro batch is row (micro step * data + data_rank) * micro_batch + i.
 
         Raises:
-            UserError: where no label of the global batch counts.
+            UserError: if the loss weights of the global batch sum to 0.
         """
         import torch
 
@@ -111,15 +110,15 @@ class Batches:
 def load_batches(
     recipe: Recipe, say: Callable[[str], None] = print, weights: Weights | None = None
 ) -> tuple[Corpus, Batches]:
-    """A recipe's tokenised source, and the batches that its steps take from it.
+    """Tokenise a recipe's source, and return it with its training batches.
 
     Args:
-        recipe: its `data` and `train` blocks decide both.
-        say: receives a line where there is something to tell.
-        weights: as for `Batches`.
+        recipe: its `data` and `train` blocks are used.
+        say: called with each progress line.
+        weights: see `Batches`.
 
     Raises:
-        UserError: as `prepare` and `Batches`.
+        UserError: see `prepare` and `Batches`.
     """
     corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe), say=say)
     train = recipe.train
@@ -135,7 +134,7 @@ def load_batches(
 
 
 def separator_of(recipe: Recipe, corpus: Corpus) -> int | None:
-    """The token that divides rows into documents, where the recipe asks for that."""
+    """The token that splits rows into documents; None unless `data.document_mask` is set."""
     return corpus.tokenizer.separator if recipe.data.document_mask else None
 
 
@@ -150,13 +149,13 @@ def validation_set(
 ) -> ValidationSet:
     """One rank's micro batches of the fixed validation set: the file's first `sequences` sequences.
 
-    The micro batches are the same for every number of ranks; rank r takes r, r + data_size, ... and
-    all ranks get equally many, because under ZeRO-3 each forward pass is a collective: where they do
-    not divide, some ranks repeat one with weights of 0. Only the last micro batch of a short file is
-    smaller.
+    The micro batches are the same for any number of ranks; rank r takes r, r + data_size, ... All
+    ranks get the same number, because each ZeRO-3 forward pass is a collective: if the micro
+    batches do not divide evenly, some ranks repeat one with weight 0. Only the last micro batch of
+    a short file is smaller.
 
     Raises:
-        UserError: where the held-out text does not fill one sequence.
+        UserError: if the held-out text does not fill one sequence.
     """
     import torch
 
@@ -181,7 +180,7 @@ def validation_set(
 def read_rows(
     tokens: TokenFile, indices: Iterable[int], sequence_length: int, separator: int | None
 ) -> MicroBatch:
-    """Some sequences of a file, each label counting once: `[len(indices), sequence_length]`."""
+    """Read sequences of a file, with loss weights of 1: `[len(indices), sequence_length]`."""
     import torch
 
     rows = torch.from_numpy(np.stack([tokens.read(i, sequence_length) for i in indices]))
@@ -191,10 +190,10 @@ def read_rows(
 
 
 def document_positions(tokens: "Tensor", separator: int) -> "Tensor":
-    """Each token's place in its document: `[rows, sequence]` to the same, int64.
+    """Each token's position in its document. Input and output (int64) are `[rows, sequence]`.
 
-    A separator ends a document as a label, and begins the next one as a token: what follows it is
-    predicted from it alone. A row begins at 0 wherever in a document it was cut.
+    As a label, a separator ends a document; as an input token, it starts the next one, whose first
+    token is predicted from it alone. A row starts at position 0 even in the middle of a document.
     """
     import torch
 

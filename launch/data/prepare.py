@@ -1,7 +1,7 @@
-"""Text to tokens on disk, once; tokens to batches, as a function of (seed, step) alone.
+"""Tokenise text to disk, once.
 
-`prepare` writes two flat files of token ids, train and held-out, and every later run maps them into
-memory. `Batches` says which sequences make up a step, and which of them a rank gets.
+`prepare` writes two flat files of token ids, train and held-out, which later runs memory-map.
+`Batches` selects the sequences of each step and each rank's share of them.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ from launch.paths import ROOT
 if TYPE_CHECKING:
     pass
 
-FORMAT = 1  # raise it when the same settings come to mean other tokens
+FORMAT = 1  # increment when the same settings produce different tokens
 TRAIN, HELD_OUT, META = "train.bin", "held_out.bin", "meta.json"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised source. `documents` and `text_bytes` (UTF-8) count train and held-out together."""
+    """A tokenised source. `documents` and `text_bytes` (UTF-8) are totals of train and held-out."""
 
     train: TokenFile
     held_out: TokenFile
@@ -45,30 +45,30 @@ class Corpus:
 
 
 def tokens_needed(recipe: Recipe) -> int:
-    """The train tokens that a run reads if it reads none twice."""
+    """The number of train tokens that a run needs to avoid repeating data."""
     sequences = recipe.train.steps * recipe.train.global_batch_size
     return sequences * recipe.data.sequence_length + 1
 
 
 def prepare(data: Data, *, tokens_needed: int, say: Callable[[str], None] = print) -> Corpus:
-    """Tokenise a source unless that is done already, and open the result.
+    """Tokenise a source, unless it is cached, and open the result.
 
-    Safe to call from every rank at once, before there is a process group: one builds under a file
-    lock, the others wait. The result appears under its final name when it is complete, so that a
-    builder killed half-way leaves nothing that misleads.
+    All ranks can call this at once, before the process group exists: one builds under a file lock,
+    the others wait. The result is renamed to its final name when complete, so an interrupted build
+    is never mistaken for a complete one.
 
-    The cache is keyed by all that the tokens depend on, changed files included. What a Hub name
-    stands for is not looked up again: delete the folder to fetch a data set anew.
+    The cache key covers everything that affects the tokens, including changes to local files. A Hub
+    data set is not checked for updates: delete the folder to download it again.
 
     Args:
         data: the recipe's block.
-        tokens_needed: where a streamed source is cut off, in train tokens; see `tokens_needed()`.
-            Other sources are taken whole.
-        say: receives a line where there is something to tell.
+        tokens_needed: the number of train tokens at which a streamed source stops; see
+            `tokens_needed()`. Other sources are used in full.
+        say: called with each progress line.
 
     Raises:
-        UserError: for a source or tokenizer that cannot be read, too little text, or a cache folder
-            that is full or not writable.
+        UserError: for an unreadable source or tokenizer, too little text, or a cache folder that is
+            full or not writable.
     """
     tokenizer = load_tokenizer(data.tokenizer)
     files = local_files(data)
@@ -94,18 +94,18 @@ def _fingerprint(
     settings = data.model_dump(exclude={"sequence_length", "cache_dir", "tokenizer", "streaming"})
     content: Any = None
     if data.source == STDLIB:
-        # No times of change: every machine with this Python has these tokens under this name.
+        # No modification times: the key is the same on every machine with this Python.
         content = [python_version(), [(f.key, f.path.stat().st_size) for f in files or []]]
     elif files is not None:
         stats = [(file.key, file.path.stat()) for file in files]
         content = [(key, stat.st_size, stat.st_mtime_ns) for key, stat in stats]
-        del settings["source"]  # the files say it
+        del settings["source"]  # the list of files replaces it
     parts = [FORMAT, settings, tokenizer.identity, limit, content]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
-    """What is known of a complete cache; None where it is absent or damaged."""
+    """The metadata of a complete cache; None if it is absent or damaged."""
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_text())
         item = np.dtype(meta["dtype"]).itemsize
@@ -117,7 +117,7 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    lock = FileLock(folder.with_suffix(".lock"))  # the kernel drops it with its holder
+    lock = FileLock(folder.with_suffix(".lock"))  # the kernel releases it when its holder dies
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -155,9 +155,9 @@ def _build(
     if folder.exists():
         say(f"{folder} is damaged: tokenising again")
     building = folder.with_suffix(".building")
-    shutil.rmtree(building, ignore_errors=True)  # of a builder that was killed
+    shutil.rmtree(building, ignore_errors=True)  # left by a killed process
     building.mkdir()
-    # Tokens replace the library's copy of local files; what came from the Hub is worth keeping.
+    # Once tokenised, the library's copy of local files is not needed; Hub downloads are kept.
     copies = folder.parent / "hub" if files is None else building / "copies"
     try:
         writer = SplitWriter(

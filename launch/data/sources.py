@@ -1,7 +1,7 @@
-"""Documents: where they come from, and which of them are held out.
+"""Read documents from a source.
 
-A source is `python-stdlib` (the standard library's own source: real text without a download), local
-files, folders or globs, or the name of a data set on the Hub.
+A source is `python-stdlib` (the standard library's source code: real text without a download),
+local files, folders or globs, or the name of a data set on the Hub.
 """
 
 import difflib
@@ -21,14 +21,14 @@ from launch.config.schema import Data
 from launch.errors import UserError
 
 Document: TypeAlias = tuple[str, str]
-"""A key, unique and the same wherever the corpus lies, and the text."""
+"""The text and its key, which is unique and does not depend on the location of the corpus."""
 
 STDLIB = "python-stdlib"
 READERS = {
     ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".parquet": "parquet",
 }  # fmt: skip
-# Tests are long tables rather than code to learn from, and Debian leaves them out. What
-# sysconfig and config-* hold depends on the machine that built this Python.
+# Tests are mostly long tables, and Debian does not ship them. sysconfig and config-* depend on the
+# machine that built this Python.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 BUILD_FILES = ("_sysconfigdata", "config-")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -36,18 +36,18 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A local file, and its path below the folder that the recipe names."""
+    """A local file, and its path relative to the folder named in the recipe."""
 
     path: Path
     key: str
 
 
 def local_files(data: Data) -> list[SourceFile] | None:
-    """The files of a local source in a fixed order; None where the source is a Hub data set.
+    """The files of a local source in a fixed order; None if the source is a Hub data set.
 
     Raises:
-        UserError: for a path that is missing, holds nothing usable, or has an unknown suffix, and
-            for settings that only mean something on the Hub.
+        UserError: for a path that is missing, has no usable files, or has an unknown suffix, and
+            for settings that only apply to the Hub.
     """
     if data.source == STDLIB:
         files = _stdlib_files()
@@ -67,18 +67,18 @@ def local_files(data: Data) -> list[SourceFile] | None:
 
 
 def documents(data: Data, files: list[SourceFile] | None, cache: Path) -> Iterator[Document]:
-    """The documents of a source, one at a time, in a fixed order. Empty ones are left out.
+    """Iterate over the non-empty documents of a source in a fixed order.
 
-    A txt, md or py file is one document and has to fit in memory; a jsonl or parquet file has one a
-    row, in the column `data.text_field`.
+    A txt, md or py file is one document and must fit in memory; a jsonl or parquet file has one
+    document per row, in the column `data.text_field`.
 
     Args:
         data: the recipe's block.
-        files: what `local_files` returned for it.
-        cache: a folder for what the `datasets` library keeps between reading and use.
+        files: the result of `local_files(data)`.
+        cache: the cache folder of the `datasets` library.
 
     Raises:
-        UserError: naming the file or the setting, for what cannot be read.
+        UserError: naming the file or setting that cannot be read.
     """
     if files is None:
         found = _from_hub(data, cache)
@@ -151,7 +151,7 @@ def _from_stdlib(files: list[SourceFile]) -> Iterator[Document]:
         try:
             yield file.key, file.path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a few files are in other encodings on purpose
+            continue  # a few files deliberately use other encodings
 
 
 def _from_files(data: Data, files: list[SourceFile], cache: Path) -> Iterator[Document]:
@@ -159,7 +159,7 @@ def _from_files(data: Data, files: list[SourceFile], cache: Path) -> Iterator[Do
     for reader, members in groupby(files, key=lambda file: READERS[file.path.suffix]):
         group = list(members)
         if reader == "text":
-            # One call for all of them: a folder may hold a hundred thousand small files.
+            # One call for all files: a folder may hold a hundred thousand small ones.
             rows = _load(data, cache, "text", group, sample_by="document")
             yield from zip((f.key for f in group), (row["text"] for row in rows), strict=True)
             continue
@@ -169,8 +169,8 @@ def _from_files(data: Data, files: list[SourceFile], cache: Path) -> Iterator[Do
 
 
 def _json_rows(data: Data, file: SourceFile, cache: Path) -> Iterator[dict[str, Any]]:
-    # The library's own JSON reader takes its columns from the first 10 MB and stops at a later line
-    # with another one; it also does not say which line is broken.
+    # The library's JSON reader infers the columns from the first 10 MB and fails on a later line
+    # with a new one; its errors do not name the line either.
     lines = (row["text"] for row in _load(data, cache, "text", [file], sample_by="line"))
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -198,7 +198,7 @@ def _parquet(data: Data, file: SourceFile, cache: Path) -> Iterator[dict[str, An
     yield from _load(data, cache, "parquet", [file], columns=[data.text_field])
 
 
-# Besides "text", whose files are one document each: what READERS calls a suffix, and its reader.
+# Suffix group in READERS -> its reader. In "text", which is not listed, each file is one document.
 ROW_READERS = {"jsonl": _json_rows, "parquet": _parquet}
 
 
@@ -208,7 +208,7 @@ def _load(
     try:
         yield from _datasets().load_dataset(
             reader,
-            # The library would read a bracket or a star in a file's name as a pattern.
+            # The library would treat brackets or stars in a file name as a glob pattern.
             data_files=[glob.escape(str(file.path.resolve())) for file in files],
             split="train",
             streaming=data.streaming,
@@ -238,7 +238,7 @@ def _from_hub(data: Data, cache: Path) -> Iterator[Document]:
             streaming=data.streaming,
             cache_dir=str(cache),
         )
-        if rows.column_names is not None:  # a stream may not know its columns before the first row
+        if rows.column_names is not None:  # a stream may not know its columns until the first row
             _check_field(rows.column_names, data.text_field, str(data.source))
             rows = rows.select_columns([data.text_field])
         yield from _texts(rows, data.text_field, str(data.source), prefix="")
@@ -265,7 +265,7 @@ def _texts(
                 f"data.text_field: '{field}' of {where} row {index} is {type(text).__name__}, "
                 "not text; name another column"
             )
-        # JSON can spell half a surrogate pair, which no encoding of text can hold.
+        # JSON can escape a lone surrogate, which cannot be encoded as UTF-8.
         yield f"{prefix}{index}", (text or "").encode(errors="replace").decode()
 
 
@@ -280,7 +280,7 @@ def _check_field(columns: Iterable[str], field: str, where: str) -> None:
 def _datasets() -> Any:
     import datasets
 
-    datasets.disable_progress_bars()  # ours counts tokens
+    datasets.disable_progress_bars()  # we show our own, in tokens
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # our errors are one line
     return datasets
 

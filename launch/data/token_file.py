@@ -1,4 +1,4 @@
-"""Token ids in flat files: written once, in two parts, and mapped into memory on use."""
+"""Token ids in flat files: written once, split into train and held-out, and memory-mapped."""
 
 import hashlib
 import os
@@ -12,16 +12,16 @@ import numpy.typing as npt
 from launch.data.sources import Document
 from launch.data.tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 4 * 2**20  # text handed to the tokenizer at once
+BATCH_CHARACTERS = 4 * 2**20  # text per tokenizer call
 COPY_BYTES = 64 * 2**20
 
 
 class TokenFile:
-    """Token ids in a flat file, mapped into memory and read on use.
+    """Token ids in a flat file, memory-mapped and read on demand.
 
-    Sequence i of length S is the tokens i*S to i*S + S, both included: S inputs and, one further
-    on, S targets, so that each token is predicted once. Documents are packed: a sequence may hold
-    the end of one, a separator, and the start of the next.
+    Sequence i of length S is tokens i*S to i*S + S inclusive: S inputs and S targets shifted by
+    one, so each token is predicted once. Documents are packed: a sequence may hold the end of one,
+    a separator, and the start of the next.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -32,14 +32,14 @@ class TokenFile:
         return len(self._tokens)
 
     def sequences(self, sequence_length: int) -> int:
-        """How many whole sequences the file holds; what is left at its end is not used."""
+        """The number of whole sequences in the file; the remainder is not used."""
         return (len(self) - 1) // sequence_length
 
     def read(self, index: int, sequence_length: int) -> npt.NDArray[np.int64]:
-        """Sequence `index`: ids of shape [sequence_length + 1]; its last is the next one's first.
+        """Ids of sequence `index`, shape [sequence_length + 1]; the last also starts the next one.
 
         Raises:
-            IndexError: outside 0 <= index < sequences(sequence_length).
+            IndexError: unless 0 <= index < sequences(sequence_length).
         """
         if not 0 <= index < self.sequences(sequence_length):
             raise IndexError(
@@ -50,23 +50,23 @@ class TokenFile:
 
 
 class SplitFile:
-    """One of the two files while it is written."""
+    """One of the two files while it is being written."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self.tokens = 0
         self.documents = 0
         self.dtype = dtype
         self.file = path.open("w+b")
-        # (hash, first token, tokens) of the document that is next to leave for the other part
+        # (hash, first token, tokens) of the document closest to the border with the other part
         self.nearest: tuple[int, int, int] | None = None
 
     def append(self, ids: npt.NDArray[Any]) -> None:
-        """Write ids after those that are there."""
+        """Append ids."""
         self.file.write(ids.astype(self.dtype).tobytes())
         self.tokens += len(ids)
 
     def cut(self, start: int, count: int) -> npt.NDArray[Any]:
-        """Take tokens out; those behind move up. Only `count` tokens are held in memory."""
+        """Remove tokens and close the gap. Holds only `count` tokens in memory."""
         item = self.dtype.itemsize
         self.file.seek(start * item)
         taken = np.frombuffer(self.file.read(count * item), dtype=self.dtype)
@@ -85,15 +85,15 @@ class SplitFile:
 class SplitWriter:
     """Writes documents to a train and a held-out file.
 
-    A hash of its key alone sends a document to one of them, so that neither the order nor the
-    number of the others matters. Only where that would leave a file empty, the document nearest to
-    the border changes sides; a corpus of one document is cut near its end.
+    The hash of a document's key selects its file, independently of the order and number of other
+    documents. Only if a file would stay empty does the document closest to the border change sides;
+    a corpus of one document is split near its end.
 
     Args:
         train: path of the train file.
         held_out: path of the held-out file.
-        share: about which part of all documents is held out, above 0 and below 1.
-        vocab_size: the largest id is one less; decides whether an id takes 2 or 4 bytes.
+        share: approximate fraction of documents to hold out, above 0 and below 1.
+        vocab_size: the largest id plus one; determines whether ids take 2 or 4 bytes.
     """
 
     def __init__(self, train: Path, held_out: Path, share: float, vocab_size: int) -> None:
@@ -103,7 +103,7 @@ class SplitWriter:
         self.held_out = SplitFile(held_out, self.dtype)
 
     def add(self, key: str, ids: npt.NDArray[Any]) -> None:
-        """Write one document, its separator included."""
+        """Write one document, including its separator."""
         place = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
         border = self.share * 2**64
         part = self.held_out if place < border else self.train
@@ -113,9 +113,9 @@ class SplitWriter:
         part.documents += 1
 
     def enough(self, tokens: int) -> bool:
-        """Whether there are this many train tokens, and the held-out share that belongs to them.
+        """Whether there are this many train tokens and a matching share of held-out tokens.
 
-        Where the first held-out document is long in coming, twice the train tokens are enough.
+        Twice as many train tokens are always enough, in case held-out documents are rare.
         """
         share = tokens * self.share / (1 - self.share)
         return self.train.tokens >= tokens and (
@@ -123,7 +123,7 @@ class SplitWriter:
         )
 
     def finish(self) -> None:
-        """Leave tokens in both files, on disk. Needs at least one document."""
+        """Ensure that both files have tokens, and sync them. Needs at least one document."""
         for part, other in ((self.train, self.held_out), (self.held_out, self.train)):
             if part.nearest is None or other.documents:
                 continue
@@ -137,7 +137,7 @@ class SplitWriter:
         self.close(sync=True)
 
     def close(self, *, sync: bool = False) -> None:
-        """Close the files, whatever is in them."""
+        """Close the files without further checks."""
         for part in (self.train, self.held_out):
             if sync:
                 part.file.flush()
@@ -148,19 +148,19 @@ class SplitWriter:
 def write_documents(
     writer: SplitWriter, documents: Iterable[Document], tokenizer: Tokenizer, limit: int | None
 ) -> int:
-    """Tokenise documents and write each with a separator behind it.
+    """Tokenise documents and write each one, followed by a separator.
 
-    Memory holds a few megabytes of text at a time, or the longest document. A terminal shows a
-    progress bar.
+    Holds a few megabytes of text in memory at a time, or the longest document. Shows a progress bar
+    on a terminal.
 
     Args:
-        writer: where they go; not finished here.
+        writer: the output; the caller must call `finish`.
         documents: (key, text) pairs.
-        tokenizer: turns text into ids.
-        limit: stop when there are this many train tokens and their held-out share; None for all.
+        tokenizer: encodes the text.
+        limit: stop at this many train tokens plus their held-out share; None for no limit.
 
     Returns:
-        The UTF-8 bytes of the text that was written.
+        The number of UTF-8 bytes of text written.
     """
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, a local tokenizer.json, or a tokenizer of the Hub."""
+"""Tokenizers: raw bytes, a local tokenizer.json, or a tokenizer from the Hub."""
 
 import hashlib
 import json
@@ -17,40 +17,40 @@ if TYPE_CHECKING:
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 
-# What well-known tokenizers call the token that ends a document, where no file of theirs says so.
+# End-of-document tokens of well-known tokenizers, for those whose files do not name it.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the code asks of a tokenizer."""
+    """The tokenizer interface."""
 
     name: str
     """As in the recipe: `bytes`, a path, or a Hub name."""
     identity: str
-    """Differs wherever the ids differ: part of the name under which tokens are cached."""
+    """Changes whenever the ids change; part of the cache key."""
     vocab_size: int
-    """One more than the largest id."""
+    """The largest id plus one."""
     separator: int
-    """The id that follows every document."""
+    """The id appended to every document."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text, without a separator or other added tokens."""
+        """Encode one text, without a separator or other special tokens."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of many texts at once: faster than one by one."""
+        """Encode many texts at once, which is faster than one by one."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; separators, and ids that mean nothing, are left out."""
+        """Decode ids; separators and invalid ids are skipped."""
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of this name: `bytes`, a tokenizer.json or its folder, or a Hub name.
+    """Load a tokenizer: `bytes`, a tokenizer.json or its folder, or a Hub name.
 
-    What exists on disk is taken from there; what looks like a path is never tried at the Hub.
+    Local files take precedence; names that look like paths are never looked up on the Hub.
 
     Raises:
-        UserError: for a missing or unreadable file, a tokenizer without a token that ends a
-            document, or a Hub name that cannot be loaded.
+        UserError: for a missing or unreadable file, a tokenizer without an end-of-document token,
+            or a Hub name that cannot be loaded.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -68,7 +68,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 class ByteTokenizer:
-    """The 256 byte values of UTF-8 text, and 256 for the separator."""
+    """UTF-8 bytes as ids 0 to 255, and 256 as the separator."""
 
     name = "bytes"
     identity = "bytes"
@@ -76,21 +76,21 @@ class ByteTokenizer:
     separator = 256
 
     def encode(self, text: str) -> list[int]:
-        """One id a byte."""
+        """One id per byte."""
         return list(text.encode("utf-8", errors="replace"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """One id a byte, without a Python object for each."""
+        """One id per byte, without a Python object for each."""
         encoded = (text.encode("utf-8", errors="replace") for text in texts)
         return [np.frombuffer(text, dtype=np.uint8).astype(np.int64) for text in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD."""
+        """Decode; bytes that are not valid UTF-8 become U+FFFD."""
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
 class FileTokenizer:
-    """A tokenizer.json, read by the `tokenizers` library; no transformers needed."""
+    """A tokenizer.json, loaded with the `tokenizers` library; does not need transformers."""
 
     def __init__(self, name: str, path: Path) -> None:
         from tokenizers import Tokenizer as Backend
@@ -102,7 +102,7 @@ class FileTokenizer:
             raise UserError(
                 f"data.tokenizer: {path} is not a readable tokenizer.json: {_first_line(error)}"
             ) from None
-        # A file saved for a classifier may cut or pad each text; a document is taken as it is.
+        # A file saved for a classifier may truncate or pad; documents must stay unchanged.
         self._backend.no_truncation()
         self._backend.no_padding()
         vocab = self._backend.get_vocab()
@@ -113,11 +113,11 @@ class FileTokenizer:
         self.identity = f"tokenizer.json {digest} separator {self.separator}"
 
     def encode(self, text: str) -> list[int]:
-        """The ids, without the special tokens that the file's template would add."""
+        """Encode without the special tokens of the file's template."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """As `encode`, on all cores."""
+        """Like `encode`, on all cores."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
@@ -127,7 +127,7 @@ class FileTokenizer:
 
 
 class HubTokenizer:
-    """A tokenizer of the Hub, or of its local cache, through transformers."""
+    """A tokenizer from the Hub or its local cache, loaded with transformers."""
 
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
@@ -146,7 +146,7 @@ class HubTokenizer:
             raise UserError(
                 f"data.tokenizer: '{name}' has no eos_token to put after a document; use another"
             )
-        backend.model_max_length = 10**30  # no warning about documents longer than its model
+        backend.model_max_length = 10**30  # no warning about documents beyond the model's length
         self._backend = backend
         self.name = name
         self.separator = int(separator)
@@ -155,11 +155,11 @@ class HubTokenizer:
         self.identity = f"hub {name} {digest.hexdigest()} separator {separator}"
 
     def encode(self, text: str) -> list[int]:
-        """The ids, without the special tokens that its template would add."""
+        """Encode without the special tokens of its template."""
         return list(self._backend(text, add_special_tokens=False)["input_ids"])
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """As `encode`, on all cores where the tokenizer is a fast one."""
+        """Like `encode`, on all cores if the tokenizer is a fast one."""
         rows = self._backend(list(texts), add_special_tokens=False)["input_ids"]
         return [np.array(row, dtype=np.int64) for row in rows]
 
@@ -176,7 +176,7 @@ def _separator(path: Path, vocab: dict[str, int]) -> int:
             named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"data.tokenizer: {config} is not readable: {error}") from None
-    if isinstance(named, dict):  # an AddedToken, as older files spell it
+    if isinstance(named, dict):  # an AddedToken, the older format
         named = named.get("content")
     for token in (named, *SEPARATORS):
         if token in vocab:

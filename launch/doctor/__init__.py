@@ -1,4 +1,4 @@
-"""What a host needs for DeepSpeed: `probe.py` runs on the host, `checks.py` judges.
+"""Check that a host can run DeepSpeed: `probe.py` runs on the host, `checks.py` evaluates.
 
-May import `runtime` and what lies below it.
+May import `runtime` and the layers below it.
 """

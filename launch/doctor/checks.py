@@ -1,4 +1,4 @@
-"""From what a host says of itself to lines a person can act on: ok, warn or FAIL, with the remedy."""
+"""Turn the facts about a host into check results: ok, warn or FAIL, with the fix."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +13,7 @@ SKEW_WARNS_SECONDS, SKEW_FAILS_SECONDS = 2.0, 60.0
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One finding; `remedy` is empty where there is nothing to fix."""
+    """One result; `remedy` is empty if there is nothing to fix."""
 
     status: Literal["ok", "warn", "FAIL"]
     where: str
@@ -22,7 +22,7 @@ class CheckResult:
 
 
 def check_host(facts: dict[str, Any], several: bool, port: int | None) -> list[CheckResult]:
-    """Judge one host by its probe's facts; `several`: it is to train together with other hosts."""
+    """Check one host's facts from the probe; `several`: it will train together with other hosts."""
     host = facts["hostname"]
     lines: list[CheckResult] = []
 
@@ -42,7 +42,7 @@ def check_host(facts: dict[str, Any], several: bool, port: int | None) -> list[C
     other = [
         f"{name} {there} instead of {wanted}"
         for name, (wanted, there) in facts["versions"].items()
-        # "+cpu" and the like say how it was built
+        # suffixes such as "+cpu" are build variants
         if there is not None and there.partition("+")[0] != wanted
     ]
     shown = ", ".join(
@@ -217,7 +217,7 @@ def _check_disk(facts: dict[str, Any]) -> list[CheckResult]:
 
 
 def check_together(found: list[dict[str, Any]], skews: list[float]) -> list[CheckResult]:
-    """Judge hosts against the first of them; `skews` are their clocks' differences to ours, in seconds."""
+    """Compare hosts with the first one; `skews` are their clock offsets from ours in seconds."""
     first, lines = found[0], []
     for facts, skew in zip(found, skews, strict=True):
         host = facts["hostname"]

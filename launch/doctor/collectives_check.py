@@ -1,4 +1,4 @@
-"""Starts the network measurement: on this machine's ranks, or on those of several hosts by ssh."""
+"""Run the network measurement between ranks of this machine, or of several hosts over ssh."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SLOW_BUS_GB_S = {"nccl": 1.0, "gloo": 0.01}
 
 
 def measure_here(ranks: int) -> CheckResult:
-    """The collectives between ranks of this machine."""
+    """Measure collectives between ranks of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         os.environ["NETWORK_RESULT"] = str(result)
@@ -41,7 +41,7 @@ def measure_here(ranks: int) -> CheckResult:
 def measure_between(
     hosts: Mapping[str, int], python: str, port: int, environment: Mapping[str, str]
 ) -> CheckResult:
-    """The collectives between the ranks of several hosts, started as a job would start them."""
+    """Measure collectives between ranks of several hosts, started like those of a job."""
     names = list(hosts)
     info = encode_world_info({name: range(slots) for name, slots in hosts.items()})
 

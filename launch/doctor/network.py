@@ -1,6 +1,6 @@
-"""How fast the ranks talk to each other: all-reduces of a small and a large tensor, timed.
+"""Measure the network between ranks: time all-reduces of a small and a large tensor.
 
-Runs on every rank, under any launcher; rank 0 prints one line of JSON. As a program, that is all it does:
+Runs on every rank, under any launcher; rank 0 prints one line of JSON. Can be run as a program:
 
     deepspeed --num_gpus 2 launch/doctor/network.py
 """
@@ -16,17 +16,17 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the checkout
 
 MARK = "all-reduce: "
-SMALL_ELEMENTS = 256  # 1 KiB: its time is latency
+SMALL_ELEMENTS = 256  # 1 KiB: measures latency
 LARGE_BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
 SMALL_TIMES, LARGE_TIMES = 50, 4
-SECONDS = 50  # then this rank ends, whatever the others do
+SECONDS = 50  # then this rank exits, whatever the others do
 
 
 def measure() -> None:
-    """Join the other ranks, time, and have rank 0 print.
+    """Join the process group, time the all-reduces, and print the result on rank 0.
 
-    Bandwidth is the bus bandwidth of NVIDIA's nccl-tests, 2 (n - 1) / n x bytes / seconds: what each
-    rank's link carries, to be compared with the link's own.
+    Bandwidth is the bus bandwidth of NVIDIA's nccl-tests, 2 (n - 1) / n x bytes / seconds. It is
+    comparable to the peak bandwidth of each rank's link.
     """
     signal.alarm(SECONDS)
     from launch.runtime.process_group import init_process_group, prepare_environment

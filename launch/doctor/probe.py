@@ -1,10 +1,10 @@
-"""Looks at the host that it runs on and prints what it finds as one JSON object.
+"""Collect facts about this host and print them as one JSON object.
 
-Needs nothing but Python, so that it can tell what is missing:
+Needs only Python, so that it can report missing packages:
 
     python3 launch/doctor/probe.py '{"checkout": "/path", "token": null, "port": 29500, "folder": null}'
 
-`token` is a file that another host has written, to see whether a folder is shared.
+`token` is a file written by another host, to check that a folder is shared.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ DISK_TEST_BYTES = 64 * 2**20
 
 
 def gpus() -> list[dict[str, str]]:
-    """Name, memory and driver of each GPU; none where there is no nvidia-smi."""
+    """Name, memory and driver of each GPU; empty without nvidia-smi."""
     fields = ("name", "memory.total", "memory.free", "driver_version")
     try:
         done = subprocess.run(
@@ -58,7 +58,7 @@ def interfaces() -> dict[str, str]:
 
 
 def addresses_of_own_name() -> list[str]:
-    """What this host's own name resolves to; ranks on other hosts are told this."""
+    """The addresses of this host's own name, to which ranks on other hosts connect."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_STREAM)
     except OSError:
@@ -78,7 +78,7 @@ def port_free(port: int) -> bool:
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """Free space of a folder in GiB, and how fast it takes and gives 64 MiB (GB/s)."""
+    """Free space of a folder in GiB, and its write and read speed for 64 MiB in GB/s."""
     file = folder / f".disk-speed-{socket.gethostname()}-{os.getpid()}"
     block = os.urandom(2**20)
     try:
@@ -107,7 +107,7 @@ def disk(folder: Path) -> dict[str, Any]:
 
 
 def versions(checkout: Path) -> dict[str, list[str | None]]:
-    """Of each pin of requirements.txt: the version wanted, and the one that is there."""
+    """The required and the installed version of each package pinned in requirements.txt."""
     found: dict[str, list[str | None]] = {}
     with contextlib.suppress(OSError):
         for line in (checkout / "requirements.txt").read_text().splitlines():
@@ -121,7 +121,7 @@ def versions(checkout: Path) -> dict[str, list[str | None]]:
 
 
 def commit(checkout: Path) -> str | None:
-    """The checkout's commit, or None where git does not say."""
+    """The checkout's commit, or None if git cannot tell."""
     try:
         done = subprocess.run(
             ["git", "-c", f"safe.directory={checkout}", "-C", str(checkout), "rev-parse", "HEAD"],
@@ -133,7 +133,7 @@ def commit(checkout: Path) -> str | None:
 
 
 def facts(asked: dict[str, Any]) -> dict[str, Any]:
-    """Everything about this host that the checks need."""
+    """Collect all facts about this host that the checks need."""
     checkout = Path(asked["checkout"])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / GIB
     shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -169,6 +169,6 @@ def facts(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # The interpreter's own folder of programs comes first under the launchers too.
+    # As under the launchers, the interpreter's bin folder comes first.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
     print(json.dumps(facts(json.loads(sys.argv[1]))))

@@ -1,4 +1,4 @@
-"""Other hosts: which there are, and a command on one of them, by ssh, with its failures in words."""
+"""Run the probe and the framework checks on other hosts, over ssh."""
 
 import json
 import uuid
@@ -13,10 +13,10 @@ from launch.runtime.ssh import run_on_host
 
 @contextmanager
 def shared_token(folder: Path) -> Iterator[Path]:
-    """A file in `folder` for as long as the block lasts: a host that sees it is on the same disk.
+    """A temporary file in `folder`: hosts that see it share the disk.
 
     Raises:
-        OSError: where the folder cannot be made or written to.
+        OSError: if the folder cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     token = folder / f".seen-by-every-host-{uuid.uuid4().hex}"
@@ -50,10 +50,10 @@ def facts_of_host(
     folder: Path | None = None,
     timeout: float = 30,
 ) -> dict[str, Any]:
-    """What the probe finds on another host; it travels with the question, and needs no checkout there.
+    """Run the probe on another host. Its source is sent along, so no checkout is needed there.
 
     Raises:
-        UserError: as `run_on_host`.
+        UserError: see `run_on_host`.
     """
     probe = Path(__file__).with_name("probe.py").read_text()
     asked = question(checkout, token, port, folder)
@@ -65,10 +65,10 @@ def facts_of_host(
 def framework_of_host(
     host: str, python: str, checkout: Path, timeout: float = 60
 ) -> list[CheckResult]:
-    """What torch and the cache of compiled ops are like on another host, from its own checkout.
+    """Check torch and the cache of compiled ops on another host, with its own checkout.
 
     Raises:
-        UserError: as `run_on_host`.
+        UserError: see `run_on_host`.
     """
     command = ["env", "-C", str(checkout), python, "-m", "launch.doctor.torch_check", host]
     answer = run_on_host(host, command, timeout=timeout)

@@ -1,10 +1,10 @@
-"""What a host's torch finds when it is really imported, and what lies in the cache of compiled ops.
+"""Check a host's torch by importing it, and the cache of compiled ops.
 
-Needs the checkout and its packages, so it is asked after `probe.py`, which needs neither:
+Needs the checkout and its packages, so it runs after `probe.py`, which needs neither:
 
     python -m launch.doctor.torch_check HOST
 
-prints the findings as JSON; `HOST` is the name that they get.
+prints the results as JSON, labelled with `HOST`.
 """
 
 import json
@@ -16,12 +16,12 @@ from launch.doctor.checks import CheckResult
 
 
 def check_framework(host: str) -> list[CheckResult]:
-    """Both checks, of the host that this runs on."""
+    """Run both checks on this host."""
     return [*check_cache(host), *check_torch(host)]
 
 
 def check_cache(host: str) -> list[CheckResult]:
-    """What lies in the cache of compiled ops, and what a killed build has left there."""
+    """Check the cache of compiled ops, including leftovers of killed builds."""
     from launch.runtime.op_builder import built_ops, stale_locks, use_private_cache
 
     built = ", ".join(built_ops()) or "empty"
@@ -40,7 +40,7 @@ def check_cache(host: str) -> list[CheckResult]:
 
 
 def check_torch(host: str) -> list[CheckResult]:
-    """Whether torch imports, sees the GPUs, and has its backends."""
+    """Check that torch can be imported, sees the GPUs, and has its backends."""
     try:
         import torch
         import torch.distributed as dist

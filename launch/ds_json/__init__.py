@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read strictly, viewed, and linted. It needs no recipe.
+"""Strict parsing, typed access and linting of DeepSpeed JSON. Does not need a recipe.
 
 May import `launch.errors` and `launch.paths`.
 """

@@ -8,14 +8,14 @@ Level = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong or surprising, at one key.
+    """One error or warning about one key.
 
     Attributes:
         key: dotted path in the JSON; empty for the file as a whole.
-        level: "error" where DeepSpeed refuses to start, ignores what was written, or trains
-            something else; "warning" where it does what it says and may surprise.
-        rule: a short stable name, for filters.
-        message: what is wrong and what to write instead, on one line.
+        level: "error" if DeepSpeed refuses to start, ignores the setting, or trains something
+            else; "warning" if the setting works as documented but may surprise.
+        rule: a short stable name, for filtering.
+        message: one line with the problem and the fix.
     """
 
     key: str
@@ -29,7 +29,7 @@ class Finding:
         return f"{self.level}: {where}{self.message} [{self.rule}]"
 
     def as_dict(self) -> dict[str, str]:
-        """Plain values, for JSON."""
+        """Plain values, for JSON output."""
         return asdict(self)
 
 

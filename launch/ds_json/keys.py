@@ -1,8 +1,8 @@
-"""Which keys a DeepSpeed JSON may hold, at every depth, and how DeepSpeed reads their values.
+"""The valid keys of a DeepSpeed JSON at every depth, and how DeepSpeed reads their values.
 
-Most blocks are pydantic models in DeepSpeed, and the tree below is read from the installed ones.
-The rest DeepSpeed reads key by key; they are listed here, and a test compares the lists with what
-DeepSpeed 0.19.8 really asks for.
+Most blocks are pydantic models in DeepSpeed, and the tree below is built from the installed ones.
+DeepSpeed reads the remaining blocks key by key; they are listed here, and a test compares the
+lists with the keys that DeepSpeed 0.19.8 actually reads.
 """
 
 import inspect
@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import Any, get_args
 
 Tree = dict[str, Any]
-"""Key -> the tree of the block below it, or None where anything may follow."""
+"""Key -> the tree of the block below it, or None if anything may follow."""
 
-# Top-level values that are no blocks, and the kind each must be of.
+# Top-level values that are not blocks, and their expected types.
 SCALARS: dict[str, str] = {
     "train_batch_size": "positive integer",
     "train_micro_batch_size_per_gpu": "positive integer",
@@ -45,7 +45,7 @@ def _keys(text: str) -> Tree:
     return dict.fromkeys(text.split())
 
 
-# Blocks that DeepSpeed reads key by key: a misspelt key in them is ignored without a word.
+# Blocks that DeepSpeed reads key by key: it silently ignores misspelt keys in them.
 PLAIN_BLOCKS: Tree = {
     "activation_checkpointing": _keys(
         "partition_activations number_checkpoints contiguous_memory_optimization "
@@ -91,7 +91,7 @@ PLAIN_BLOCKS: Tree = {
 
 @lru_cache(maxsize=1)
 def models() -> dict[str, Any]:
-    """Dotted path of a block -> the pydantic model that DeepSpeed reads it with."""
+    """Dotted path of a block -> the pydantic model with which DeepSpeed parses it."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.inference.config import WeightQuantConfig
@@ -105,7 +105,7 @@ def models() -> dict[str, Any]:
     return {
         "zero_optimization": DeepSpeedZeroConfig,
         "bf16": DeepSpeedBF16Config,
-        "bfloat16": DeepSpeedBF16Config,  # the old name, still read
+        "bfloat16": DeepSpeedBF16Config,  # old name, still accepted
         "fp16": DeepSpeedFP16Config,
         "tensorboard": TensorBoardConfig,
         "wandb": WandbConfig,
@@ -139,7 +139,7 @@ def _model_tree(model: Any) -> Tree:
     for name, field in model.model_fields.items():
         nested = _nested_model(field.annotation)
         below = _model_tree(nested) if nested else None
-        # DeepSpeed accepts the field's own name beside its alias (populate_by_name).
+        # DeepSpeed accepts the field's own name as well as its alias (populate_by_name).
         keys[name] = below
         if field.alias:
             keys[field.alias] = below
@@ -165,7 +165,7 @@ def _expert_parallel_keys() -> Tree:
 
 
 def renamed(model: Any) -> dict[str, str]:
-    """Deprecated key -> what replaces it, as the model itself says."""
+    """Deprecated key -> its replacement, according to the model."""
     found = {}
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
@@ -176,7 +176,7 @@ def renamed(model: Any) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def removed() -> dict[str, str]:
-    """Dotted key of a removed feature -> DeepSpeed's own words on it."""
+    """Dotted key of a removed feature -> DeepSpeed's own message."""
     from deepspeed.runtime import config
 
     top: dict[str, str] = config._REMOVED_TOP_LEVEL_CONFIG_KEYS
@@ -185,11 +185,11 @@ def removed() -> dict[str, str]:
 
 
 def adam_parameters(torch_adam: bool, offloaded: bool) -> set[str]:
-    """Keys that optimizer.params may hold for Adam and AdamW, by the class that DeepSpeed picks."""
+    """Valid keys of optimizer.params for Adam and AdamW, given the class that DeepSpeed picks."""
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-    # Read by the engine before the class sees the rest.
+    # Consumed by the engine; the class gets the rest.
     own = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
     if torch_adam:
         chosen: Any = torch.optim.AdamW

@@ -1,7 +1,7 @@
-"""A linter for DeepSpeed JSON: what DeepSpeed 0.19.8 rejects, ignores, or quietly takes otherwise.
+"""A linter for DeepSpeed JSON: finds settings that DeepSpeed 0.19.8 rejects, ignores or misreads.
 
-`lint` works on any config, ours or not. This file holds the walk over the keys; the rules that
-know what the keys mean are in `rules.py` and `zero_rules.py`, and the key table is in `keys.py`.
+`lint` works on any config, ours or not. This file walks the keys; the semantic rules are in
+`rules.py` and `zero_rules.py`, and the key table is in `keys.py`.
 """
 
 import math
@@ -17,7 +17,7 @@ from launch.errors import nearest
 
 __all__ = ["Finding", "lint"]
 
-# "auto" is a value of DeepSpeed's own here, not a blank for Hugging Face to fill in.
+# Here "auto" is DeepSpeed's own value, not a placeholder for Hugging Face.
 _OWN_AUTO = (
     "data_types.keep_in_fp32_modules",
     "expert_parallel",
@@ -25,7 +25,7 @@ _OWN_AUTO = (
     "zero_optimization.zenflow",
 )
 
-# What transformers' Trainer or Accelerate fill in; any other "auto" reaches DeepSpeed as it is.
+# Filled in by transformers' Trainer or Accelerate; any other "auto" reaches DeepSpeed unchanged.
 HF_FILLS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "fp16.enabled", "bf16.enabled",
@@ -39,12 +39,12 @@ HF_FILLS = {
 
 
 def lint(config: Any, *, hf: bool = False, world_size: int | None = None) -> list[Finding]:
-    """Everything worth knowing about a DeepSpeed config, errors first.
+    """Lint a DeepSpeed config; errors come first.
 
     Args:
         config: the parsed JSON.
-        hf: the config goes to transformers' Trainer or to Accelerate, which fill in "auto".
-        world_size: number of data parallel ranks, where known, for the batch arithmetic.
+        hf: the config is for transformers' Trainer or Accelerate, which fill in "auto".
+        world_size: number of data parallel ranks, if known, to check the batch sizes.
     """
     if not isinstance(config, dict):
         return [error("", "not-an-object", "a DeepSpeed config is a JSON object {...}")]
@@ -55,7 +55,7 @@ def lint(config: Any, *, hf: bool = False, world_size: int | None = None) -> lis
         *_blocks(config),
     ]
     facts = Facts.read(config, hf=hf, world_size=world_size)
-    # A rule may assume that blocks are objects and numbers are numbers: broken values come first.
+    # Values are checked first, so that rules can assume blocks are objects and numbers are numbers.
     if facts is not None and not any(f.rule == "wrong-value" for f in findings):
         for rule in (*RULES, *STAGE_RULES):
             findings += rule(facts)
@@ -63,7 +63,7 @@ def lint(config: Any, *, hf: bool = False, world_size: int | None = None) -> lis
 
 
 def leaves(block: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything below `block` that is no object."""
+    """Dotted path and value of everything below `block` that is not an object."""
     if isinstance(block, dict):
         for key, value in block.items():
             yield from leaves(value, f"{path}.{key}" if path else str(key))
@@ -140,7 +140,7 @@ def _scalars(config: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _blocks(config: dict[str, Any]) -> Iterator[Finding]:
-    """Values inside blocks, judged by the pydantic models that DeepSpeed reads them with."""
+    """Check values inside blocks with DeepSpeed's own pydantic models."""
     from pydantic import ValidationError
 
     for name in ds_keys.tree():
@@ -170,7 +170,7 @@ def _blocks(config: dict[str, Any]) -> Iterator[Finding]:
 def _explain(path: str, problem: Any) -> Iterator[Finding]:
     for item in problem.errors():
         if item["type"] == "extra_forbidden":
-            continue  # told by the walk over the keys, with the nearest name
+            continue  # already reported by the walk over the keys, with the nearest name
         key = ".".join([path, *(str(part) for part in item["loc"])])
         message = item["msg"].replace("Value error, ", "").replace("Assertion failed, ", "")
         value = f", but it is {item['input']!r}" if item["loc"] else ""
@@ -186,7 +186,7 @@ def _without_auto(block: dict[str, Any]) -> dict[str, Any]:
 
 
 class _quiet:
-    """DeepSpeed's models log their deprecations; the rules report them as findings."""
+    """Silence deprecation logs of DeepSpeed's models; the rules report them as findings."""
 
     def __enter__(self) -> None:
         from deepspeed.utils import logger

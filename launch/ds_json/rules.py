@@ -1,7 +1,7 @@
-"""The linter's rules that know what DeepSpeed does with a config.
+"""Linter rules based on what DeepSpeed does with a config.
 
-Each rule is a function from `Facts` to findings. What a rule claims was read in the source of
-DeepSpeed 0.19.8 or seen by running it; the tests run it again where that is cheap.
+Each rule is a function from `Facts` to findings. Every claim was checked in the source of
+DeepSpeed 0.19.8 or by running it; the tests repeat the run where that is cheap.
 """
 
 from collections.abc import Callable, Iterator

@@ -13,10 +13,10 @@ from launch.paths import ROOT
 def load_json(path: str | Path) -> dict[str, Any]:
     """Read one JSON object strictly: no comments, trailing commas, duplicate keys or NaN.
 
-    DeepSpeed itself reads a laxer dialect (hjson) that Hugging Face and other tools reject.
+    DeepSpeed itself accepts a laxer dialect (hjson) that Hugging Face and other tools reject.
 
     Raises:
-        UserError: with file, line and column, or with the nearest file name where there is none.
+        UserError: with file, line and column; if the file is missing, with the nearest file name.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,7 +57,7 @@ def _syntax(text: str, error: json.JSONDecodeError) -> str:
 
 
 def _beyond_syntax(text: str) -> Iterator[tuple[int, str]]:
-    """What Python's parser lets pass, with its position, in text that it has accepted."""
+    """Find errors that Python's JSON parser accepts, with their positions, in parsed text."""
     open_blocks: list[set[str]] = []
     token = r'(?P<text>"(?:[^"\\]|\\.)*")(?P<colon>\s*:)?|(?P<bad>-?Infinity|NaN)|[{}\[\]]'
     for match in re.finditer(token, text):

@@ -1,4 +1,4 @@
-"""What a DeepSpeed JSON asks for: ZeRO stage, dtypes, and the facts that rules look at."""
+"""Typed access to a DeepSpeed JSON: ZeRO stage, dtypes, and the facts that rules need."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """A config whose blocks have the right types, and what most rules ask of it.
+    """A config whose blocks have the right types, and the values that most rules need.
 
-    `precision` is "bf16", "fp16", "fp32", or "auto" where Hugging Face decides; `accumulate` is
-    the dtype that gradients are accumulated in, and None where it is the model's own.
+    `precision` is "bf16", "fp16", "fp32", or "auto" if Hugging Face decides; `accumulate` is the
+    gradient accumulation dtype, or None for the model's own dtype.
     """
 
     config: dict[str, Any]
@@ -27,7 +27,7 @@ class Facts:
 
     @classmethod
     def read(cls, config: dict[str, Any], *, hf: bool, world_size: int | None) -> "Facts | None":
-        """None where a block is no object, so that nothing can be said about what is in it."""
+        """Return None if a block is not an object, because its contents cannot be checked."""
         zero, optimizer = config.get("zero_optimization", {}), config.get("optimizer", {})
         types = config.get("data_types", {})
         bf16 = config.get("bf16", config.get("bfloat16", {}))
@@ -37,7 +37,7 @@ class Facts:
             return None
         try:
             stage = int(zero.get("stage", 0))
-        except (TypeError, ValueError):  # "auto", which Accelerate alone fills in; null; a list
+        except (TypeError, ValueError):  # "auto", which only Accelerate fills in; null; a list
             stage = 0
         precision = "fp32"
         for name, block in (("fp16", fp16), ("bf16", bf16)):
@@ -48,7 +48,7 @@ class Facts:
         return cls(config, hf, world_size, stage, zero, precision, accumulate, kind, params or {})
 
     def device(self, block: str) -> str:
-        """Where `offload_optimizer` or `offload_param` puts things: "none", "cpu" or "nvme"."""
+        """The device of `offload_optimizer` or `offload_param`: "none", "cpu" or "nvme"."""
         return str((self.zero.get(block) or {}).get("device", "none"))
 
     @property
@@ -71,25 +71,25 @@ _DTYPE_NAMES = {
 
 
 def block(ds_config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A block of a DeepSpeed configuration; empty where it is absent, or no mapping (the linter tells)."""
+    """A block of a DeepSpeed config; empty if absent or not a mapping (a linter error)."""
     found = ds_config.get(name)
     return found if isinstance(found, dict) else {}
 
 
 def is_enabled(ds_config: dict[str, Any], name: str) -> bool:
-    """Whether a block such as `bf16`, `fp16` or `torch_autocast` is there and enabled."""
+    """Whether a block such as `bf16`, `fp16` or `torch_autocast` is present and enabled."""
     return bool(block(ds_config, name).get("enabled", False))
 
 
 def zero_block(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of ZeRO."""
+    """The `zero_optimization` block."""
     return block(ds_config, "zero_optimization")
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for, also as "3" or 3.0.
+    """The ZeRO stage of a DeepSpeed config; "3" and 3.0 are accepted too.
 
-    0 where it is no number: the linter tells.
+    0 if it is not a number, which the linter reports.
     """
     try:
         return int(zero_block(ds_config).get("stage", 0))
@@ -98,30 +98,30 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 
 
 def offload_blocks(ds_config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The blocks `offload_optimizer` and `offload_param` that are there; not copies."""
+    """The blocks `offload_optimizer` and `offload_param`, if present; not copies."""
     found = (block(zero_block(ds_config), name) for name in ("offload_optimizer", "offload_param"))
     return [each for each in found if each]
 
 
 def offload_device(ds_config: dict[str, Any], name: str) -> str:
-    """Where `offload_optimizer` or `offload_param` puts things: "none", "cpu" or "nvme"."""
+    """The device of `offload_optimizer` or `offload_param`: "none", "cpu" or "nvme"."""
     return str(block(zero_block(ds_config), name).get("device", "none"))
 
 
 def optimizer_block(ds_config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The optimizer's type as it is written, empty where there is none, and its parameters."""
+    """The optimizer's type as written (empty if there is none) and its parameters."""
     found = block(ds_config, "optimizer")
     return str(found.get("type", "")), block(found, "params")
 
 
 def accumulation_dtype(ds_config: dict[str, Any]) -> str | None:
-    """The dtype that gradients are accumulated in, as it is written; None: the model's own."""
+    """The gradient accumulation dtype as written; None: the model's own."""
     name: str | None = block(ds_config, "data_types").get("grad_accum_dtype")
     return name
 
 
 def training_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
-    """The dtype of forward and backward that a DeepSpeed configuration asks for."""
+    """The dtype of forward and backward in a DeepSpeed config."""
     import torch
 
     if is_enabled(ds_config, "bf16") or is_enabled(ds_config, "bfloat16"):  # its older name
@@ -132,7 +132,7 @@ def training_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
 
 
 def compute_dtype(ds_config: dict[str, Any]) -> "torch.dtype":
-    """The dtype of the matrix products: as `training_dtype`, or what torch_autocast does them in."""
+    """The dtype of matrix multiplications: torch_autocast's if enabled, else `training_dtype`."""
     import torch
 
     if is_enabled(ds_config, "torch_autocast"):

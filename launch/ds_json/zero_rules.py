@@ -1,7 +1,7 @@
-"""The linter's rules on keys that have no effect where they stand: by ZeRO stage, or at all.
+"""Linter rules for keys that have no effect, at the given ZeRO stage or at all.
 
-DeepSpeed accepts every key of `zero_optimization` at every stage and says nothing about those
-that the stage does not read. The sets below follow `DeepSpeedEngine._configure_zero_optimizer`.
+DeepSpeed accepts every key of `zero_optimization` at every stage and silently ignores those that
+the stage does not use. The sets below follow `DeepSpeedEngine._configure_zero_optimizer`.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _STAGES_1_AND_2_ONLY = {
     "allgather_bucket_size", "use_multi_rank_bucket_allreduce", "round_robin_gradients",
     "parameter_alignment", "ignore_unused_parameters", "elastic_checkpoint",
 }  # fmt: skip
-# What BF16_Optimizer is given: see DeepSpeedEngine._configure_bf16_optimizer.
+# Passed to BF16_Optimizer: see DeepSpeedEngine._configure_bf16_optimizer.
 _BF16_OPTIMIZER_KEYS = {"stage", "allgather_bucket_size", "compute_grad_norm", "offload_optimizer"}
 _BF16_OPTIMIZER_KEYS |= {"load_from_fp32_weights"}
 
@@ -55,7 +55,7 @@ def without_effect(facts: Facts) -> Iterator[Finding]:
 
 
 def deprecated(facts: Facts) -> Iterator[Finding]:
-    """Old names in any block that still work."""
+    """Deprecated names, in any block, that still work."""
     for path, model in ds_keys.models().items():
         block = facts.config.get(path)
         if not isinstance(block, dict):
@@ -66,7 +66,7 @@ def deprecated(facts: Facts) -> Iterator[Finding]:
 
 
 def offload(facts: Facts) -> Iterator[Finding]:
-    """Offload blocks that go somewhere else than they say."""
+    """Offload blocks that have no effect or use a different device than configured."""
     parameters, optimizer = "zero_optimization.offload_param", "zero_optimization.offload_optimizer"
     if facts.device("offload_param") != "none" and facts.stage < 3:
         message = f"ignored at stage {facts.stage}: parameters are offloaded at stage 3 only"
@@ -93,7 +93,7 @@ def offload(facts: Facts) -> Iterator[Finding]:
 
 
 def other_blocks(facts: Facts) -> Iterator[Finding]:
-    """Blocks outside `zero_optimization` that do less than they seem to."""
+    """Blocks outside `zero_optimization` that do less than they seem to do."""
     if "activation_checkpointing" in facts.config:
         message = (
             "checkpoints nothing by itself: the model must call "

@@ -1,24 +1,24 @@
-"""What rank 0 says while a run starts, and where the start-up's seconds go."""
+"""Console output of rank 0 during start-up, and timing of the start-up phases."""
 
 import os
 import time
 
 
 def say(text: str) -> None:
-    """Print once, not once per rank."""
+    """Print on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
 class Stopwatch:
-    """Names the stretches of the start-up; `started` is a `time.perf_counter()`."""
+    """Times the phases of the start-up; `started` is a `time.perf_counter()` value."""
 
     def __init__(self, started: float) -> None:
         self.laps: list[tuple[str, float]] = []
         self.last = started
 
     def lap(self, name: str) -> None:
-        """End a stretch, and give it a name."""
+        """End the current phase and name it."""
         now = time.perf_counter()
         self.laps.append((name, now - self.last))
         self.last = now

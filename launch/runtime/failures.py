@@ -1,7 +1,7 @@
-"""How a process ends on an error: one line from one rank instead of a traceback, and an exit code.
+"""End a process on an error: one line from one rank instead of a traceback, and an exit code.
 
-Of a run's ranks on a host only the first to fail speaks. The others fail in its wake: they lose the
-connection to it, or the launcher ends them.
+Only the first rank to fail on a host prints an error. The others fail as a consequence: they lose
+the connection to it, or the launcher kills them.
 """
 
 import contextlib
@@ -24,16 +24,17 @@ EXIT_DEFECT = 1
 EXIT_USER_ERROR = 2
 
 
-# The first rank to exit takes the others with it (the launcher ends them). Rank 0 therefore gets
-# this head start, so that a mistake that every rank finds is told once, and by rank 0.
+# When one rank exits, the launcher kills the others. Rank 0 gets this head start, so that an error
+# on all ranks is reported once, by rank 0.
 OTHER_RANKS_WAIT_SECONDS = 5.0
 
 
-# An empty file of this name says that a rank has spoken. The ranks share nothing else by then.
+# An empty file with this prefix marks that a rank has reported its error. Files are the only state
+# that the ranks still share at that point.
 SPOKEN = "train-has-failed-"
 
 
-# What gloo, NCCL and the rendezvous store say when the other end is gone.
+# Messages of gloo, NCCL and the rendezvous store when the peer is gone.
 LOST_PEER = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was closed",
     "Connection refused", "remote process exited", "Timed out waiting", "Timed out after",
@@ -57,10 +58,10 @@ DISK = {
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a person can fix into one `error:` line on stderr and exit code 2, on every rank.
+    """Turn user errors into one `error:` line on stderr and exit code 2, on every rank.
 
-    The loss of another rank is one line too, and exit code 1. Anything else keeps its traceback: it
-    is a defect of ours, and the traceback is the report.
+    The loss of another rank also gives one line, with exit code 1. Anything else is a bug and keeps
+    its traceback.
     """
     try:
         yield
@@ -76,17 +77,17 @@ def one_line_errors() -> Iterator[None]:
             end(message, EXIT_DEFECT if _is_lost_peer(error) else EXIT_USER_ERROR)
         if _first_to_speak():
             traceback.print_exc()
-        # Not a tidy end: a rank that waits in a collective's thread must not hold up its own.
+        # Skip the normal interpreter exit: a thread waiting in a collective must not block it.
         sys.stdout.flush()
         os._exit(EXIT_DEFECT)
 
 
 def end(message: str, code: int) -> None:
-    """End this process at once with `error: message`, unless another rank of it has told why."""
+    """Exit at once, and print `error: message` unless another rank has reported an error."""
     if _first_to_speak():
         rank = int(os.environ.get("RANK", "0"))
         place = f"[rank {rank}] " if rank else ""
-        # A write of its own: what other ranks print does not get between the line's parts.
+        # A single write, so that output of other ranks cannot split the line.
         sys.stderr.flush()
         with contextlib.suppress(OSError):
             os.write(2, f"error: {place}{' '.join(message.split())}\n".encode())
@@ -122,19 +123,19 @@ def _first_to_speak() -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return True
     folder, launcher = Path(tempfile.gettempdir()), os.getppid()
-    # Containers of several hosts may share a folder, and a launcher is often process 7 in each.
+    # Containers on several hosts may share a folder, and the launcher is often PID 7 in each.
     spoken = f"{SPOKEN}{platform.node()}-"
     with contextlib.suppress(OSError, ValueError):
-        for left in folder.glob(f"{spoken}*"):  # of launchers that have ended since
+        for left in folder.glob(f"{spoken}*"):  # left by earlier launchers
             if not Path(f"/proc/{left.name.removeprefix(spoken).split('-')[0]}").exists():
                 left.unlink()
-    # torchrun starts failed ranks anew under the same launcher.
+    # torchrun restarts failed ranks under the same launcher.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     name = f"{spoken}{launcher}-{os.environ.get('MASTER_PORT', '')}-{attempt}"
     try:
         os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return False
-    except OSError:  # no room even for that: better told twice than not at all
+    except OSError:  # disk full: better to report twice than not at all
         return True
     return True

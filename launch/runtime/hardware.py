@@ -1,11 +1,11 @@
-"""What the devices can do, and what they hold."""
+"""Peak throughput and memory use of the devices."""
 
 import resource
 
 import torch
 
-# Dense bf16 (or fp16) peaks in TFLOP/s, from the vendors' data sheets; the SXM variants, where a
-# name has several. A device that is not here gets no MFU rather than a guess.
+# Dense bf16 (or fp16) peaks in TFLOP/s from the vendors' data sheets, for the SXM variant if there
+# are several. For devices not listed here, no MFU is reported.
 PEAK_TFLOPS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -20,7 +20,7 @@ PEAK_TFLOPS = {
 
 
 def device_peak_tflops(device: torch.device) -> float | None:
-    """The dense half-precision peak of a device in TFLOP/s, or None where it is not known."""
+    """The dense half-precision peak of a device in TFLOP/s, or None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Ranks on this machine without a launcher: processes that end together, also when one fails."""
+"""Run ranks on this machine without a launcher; if one fails, all end."""
 
 import contextlib
 import multiprocessing
@@ -13,17 +13,17 @@ from typing import Any
 
 from launch.errors import UserError
 
-# A fresh interpreter a rank: what torch and CUDA have set up in ours must not be inherited.
+# A fresh interpreter per rank: ranks must not inherit our torch and CUDA state.
 CONTEXT = multiprocessing.get_context("spawn")
 SECONDS_TO_LEAVE = 10.0
 RANKS_WITHOUT_GPU = 2
 
 
 def choose_ranks(asked: int | None) -> int:
-    """The number of ranks to start: as asked, else one a GPU, and two where there are no GPUs.
+    """The number of ranks to start: `asked`, by default one per GPU, or two without GPUs.
 
     Raises:
-        UserError: below one, or more ranks than GPUs.
+        UserError: if `asked` is below one or above the number of GPUs.
     """
     import torch
 
@@ -40,10 +40,10 @@ def choose_ranks(asked: int | None) -> int:
 
 
 def free_port() -> int:
-    """A port on which nobody listens, for the ranks to meet at.
+    """Find a free port for the rendezvous.
 
-    Below those that the kernel hands out by itself (from 32768 on Linux): between our look and rank 0's
-    use, it would give one of those to any connection on the machine.
+    It is below the kernel's ephemeral ports (from 32768 on Linux), which any connection on the
+    machine could take between our check and rank 0's bind.
     """
     choice = random.SystemRandom()
     while True:
@@ -54,18 +54,18 @@ def free_port() -> int:
 
 
 def run_local_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
-    """Call `function(*args)` in `world_size` processes, with the environment that a launcher sets.
+    """Call `function(*args)` in `world_size` processes, with a launcher's environment variables.
 
-    None of them outlives this call, nor this process.
+    No process outlives this call or the calling process.
 
     Args:
-        function: a module-level function, which starts the process group itself. Its module must
-            not import torch, so that `launch.runtime.process_group.prepare_environment` comes first.
-        world_size: number of processes, one a GPU where there are GPUs.
-        args: handed to every rank alike; they must pickle.
+        function: a module-level function that initialises the process group. Its module must not
+            import torch, so that `launch.runtime.process_group.prepare_environment` runs first.
+        world_size: number of processes, one per GPU if there are GPUs.
+        args: passed to every rank; must be picklable.
 
     Raises:
-        UserError: the first one that a rank raised, or where a rank crashed or was killed.
+        UserError: the first one raised by a rank, or if a rank crashed or was killed.
     """
     port = free_port()
     pipes: list[Connection] = []
@@ -92,7 +92,7 @@ def run_local_ranks(function: Callable[..., None], world_size: int, *args: Any) 
 
 
 def let_leave(pipes: Iterable[Connection], processes: Iterable[Any]) -> None:
-    """End ranks that wait for a message: all have answered, and rank 0 served their rendezvous store."""
+    """Let the ranks exit after all have answered; until then rank 0 serves the rendezvous store."""
     for pipe in pipes:
         with contextlib.suppress(OSError):
             pipe.send("leave")
@@ -101,7 +101,7 @@ def let_leave(pipes: Iterable[Connection], processes: Iterable[Any]) -> None:
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What `deepspeed` sets for one of `world_size` ranks on one machine."""
+    """The variables that `deepspeed` sets for one of `world_size` ranks on one machine."""
     values = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
         "LOCAL_SIZE": world_size, "CROSS_RANK": 0, "CROSS_SIZE": 1,
@@ -113,7 +113,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 def _wait(pipes: list[Connection], processes: list[Any]) -> None:
     waiting = dict(enumerate(pipes))
     while waiting:
-        # A rank that is killed closes its end of the pipe, which wakes us too.
+        # A killed rank closes its end of the pipe, which wakes us as well.
         ready = multiprocessing.connection.wait(list(waiting.values()))
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
@@ -133,13 +133,13 @@ def _in_child(
     pipe: Connection, environment: dict[str, str], function: Callable[..., None], args: Any
 ) -> None:
     os.environ.update(environment)
-    # DeepSpeed logs to stdout, which is our caller's, who may print JSON there.
+    # DeepSpeed logs to stdout, where our caller may print JSON.
     os.dup2(2, 1)
     with _reporting(pipe):
         function(*args)
     with contextlib.suppress(EOFError, OSError):
         pipe.recv()
-    os._exit(0)  # a live process group would take its time over a tidy end
+    os._exit(0)  # a normal exit is slow while the process group is alive
 
 
 @contextlib.contextmanager

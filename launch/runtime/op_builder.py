@@ -1,6 +1,6 @@
-"""DeepSpeed's C++ ops, which it would compile in silence when training starts: built ahead, once.
+"""Build DeepSpeed's C++ ops ahead of time; it would compile them silently when training starts.
 
-A build that is killed does no harm: see `launch/deepspeed_patches/jit_lock.py`.
+An interrupted build does no harm: see `launch/deepspeed_patches/jit_lock.py`.
 """
 
 import importlib.metadata
@@ -25,8 +25,8 @@ from launch.paths import ROOT
 
 class _Op(NamedTuple):
     builder: str
-    minutes: str  # how long a build takes on two cores, for the person who waits
-    first: tuple[str, ...] = ()  # ops whose symbols it needs
+    minutes: str  # build time on two cores, shown to the user
+    first: tuple[str, ...] = ()  # ops that must be loaded before it, for their symbols
 
 
 OPS = {
@@ -40,7 +40,7 @@ OPS = {
     "async_io": _Op("AsyncIOBuilder", "about three minutes", first=("pin_memory",)),
 }
 # Optimizer in the JSON -> the op without and with optimizer offload (DeepSpeedEngine,
-# _configure_basic_optimizer); None where torch's own optimizer is taken.
+# _configure_basic_optimizer); None if torch's own optimizer is used.
 _OPTIMIZER_OPS: dict[str, tuple[str | None, str]] = {
     "adam": ("fused_adam", "cpu_adam"),
     "adamw": ("fused_adam", "cpu_adam"),
@@ -50,13 +50,13 @@ _OPTIMIZER_OPS: dict[str, tuple[str | None, str]] = {
     "lamb": ("fused_lamb", "fused_lamb"),
 }
 STAMP = "built_for.txt"
-LOADS_WITHIN_SECONDS = 2.0  # an op that lies built
+LOADS_WITHIN_SECONDS = 2.0  # a built op
 
 
 def use_private_cache() -> Path:
-    """Build into this checkout's `.cache`, apart for each torch and Python; returns the folder.
+    """Build into this checkout's `.cache`, separately per torch and Python; return the folder.
 
-    A TORCH_EXTENSIONS_DIR that the user has set is kept. Call it before deepspeed is imported.
+    TORCH_EXTENSIONS_DIR takes precedence if set. Call this before importing deepspeed.
     """
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     folder = ROOT / ".cache/torch_extensions" / f"{importlib.metadata.version('torch')}-{python}"
@@ -64,7 +64,7 @@ def use_private_cache() -> Path:
 
 
 def ops_needed(ds_config: dict[str, Any]) -> list[str]:
-    """The ops that DeepSpeed's engine will load for this JSON, in the order of loading."""
+    """The ops that DeepSpeed's engine loads for this JSON, in load order."""
     optimizer_at, parameters_at = (
         offload_device(ds_config, key) for key in ("offload_optimizer", "offload_param")
     )
@@ -80,13 +80,13 @@ def ops_needed(ds_config: dict[str, Any]) -> list[str]:
 
 
 def build_ops(names: Iterable[str], say: Callable[[str], None]) -> None:
-    """Make the ops ready in this process: loaded where they are built, else built first.
+    """Load the ops in this process, building them first if necessary.
 
-    Any number of processes may call it at once: one builds, the others wait for it.
+    Safe to call from any number of processes at once: one builds, the others wait.
 
     Args:
         names: keys of `OPS`.
-        say: told one line before each build, as a build takes minutes.
+        say: called with one line before each build, because a build takes minutes.
 
     Raises:
         UserError: when a compiler, header or library is missing (with the command that installs
@@ -98,12 +98,12 @@ def build_ops(names: Iterable[str], say: Callable[[str], None]) -> None:
 
 
 def built_ops() -> list[str]:
-    """The ops that lie built in the cache."""
+    """The built ops in the cache."""
     return sorted(stamp.parent.name for stamp in use_private_cache().glob(f"*/{STAMP}"))
 
 
 def stale_locks() -> list[Path]:
-    """Locks of builds that were killed, on which DeepSpeed would wait for ever: our cache's and torch's."""
+    """Locks of killed builds, in our cache and torch's, on which DeepSpeed would wait forever."""
     places = (use_private_cache(), Path("~/.cache/torch_extensions").expanduser())
 
     def found() -> set[Path]:
@@ -111,7 +111,7 @@ def stale_locks() -> list[Path]:
         return {lock for lock in locks if not is_held(lock)}
 
     stale = found()
-    if stale:  # one that another host holds, unseen from here, while it loads an op is gone by then
+    if stale:  # by then, another host that is only loading an op has released its lock
         time.sleep(LOADS_WITHIN_SECONDS)
         stale &= found()
     return sorted(stale)
@@ -129,11 +129,11 @@ def _make_ready(name: str, say: Callable[[str], None]) -> None:
         with FileLock(folder.parent / f"{name}.building"):
             if not _load_built(builder, name, folder):
                 _build(builder, name, folder, say)
-    builder.load()  # from here on a look-up; pin_memory shows its symbols to async_io in it
+    builder.load()  # now only a look-up; pin_memory exports its symbols for async_io here
 
 
 def _load_built(builder: Any, name: str, folder: Path) -> bool:
-    """Load what is built for this machine and these versions; False where nothing is."""
+    """Load a build for this machine and these versions; False if there is none."""
     if name in builder._loaded_ops:
         return True
     library = folder / f"{name}.so"
@@ -145,13 +145,15 @@ def _load_built(builder: Any, name: str, folder: Path) -> bool:
 
 
 def _build(builder: Any, name: str, folder: Path, say: Callable[[str], None]) -> None:
-    """Compile. The caller holds the lock, so nobody else builds here."""
+    """Compile. The caller must hold the lock."""
     _check_tools(builder, name)
     if wait_for_lock_owner(folder / "lock"):
         say(f"{name}: an earlier build was cut off and left a lock file; building it again")
-        _remove(folder)  # all of it: a compiler that outlived its parent may still write there
+        _remove(folder)  # entirely: an orphaned compiler may still write there
     elif (folder / STAMP).exists():
-        _remove(folder)  # for another machine or version, which the build tool cannot tell
+        _remove(
+            folder
+        )  # built for another machine or version, which the build tool does not notice
     say(f"building {name} once, {OPS[name].minutes} ...")
     try:
         builder.load(verbose=False)
@@ -165,14 +167,14 @@ def _build(builder: Any, name: str, folder: Path, say: Callable[[str], None]) ->
 
 
 def _remove(folder: Path) -> None:
-    """Move aside first: a half removed folder must not be taken for a built one."""
+    """Rename before removing: a partly removed folder must not be mistaken for a build."""
     away = folder.with_name(f"{folder.name}.old{os.getpid()}")
     folder.rename(away)
     shutil.rmtree(away)
 
 
 def _built_for(name: str) -> str:
-    """What a built op depends on: a shared checkout may be used from machines that differ."""
+    """What a build depends on: different machines may share a checkout."""
     cpu = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():  # compiled with -march=native
@@ -197,12 +199,12 @@ def _gpu(name: str) -> str:
 
 
 def _check_tools(builder: Any, name: str) -> None:
-    """Find what is missing before the compiler does, in words that help.
+    """Check for missing tools before compiling, for a clear error message.
 
     Raises:
-        UserError: with the command that installs it.
+        UserError: with the command that installs the missing tool.
     """
-    # pip put ninja beside python; with `.venv/bin/python script.py` that is not on the PATH.
+    # pip installs ninja next to python; with `.venv/bin/python script.py` that is not on the PATH.
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")

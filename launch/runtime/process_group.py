@@ -1,4 +1,4 @@
-"""Who am I among the ranks: set up once, the same under every launcher and without one."""
+"""Set up the process group in the same way under every launcher, and without one."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ TIMEOUT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process's place: global rank, number of ranks, rank on this host, and device."""
+    """This process's global rank, world size, local rank and device."""
 
     rank: int
     world_size: int
@@ -30,15 +30,14 @@ class RankInfo:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which speaks for all."""
+        """Whether this is rank 0, which prints for all."""
         return self.rank == 0
 
 
 def prepare_environment() -> None:
-    """Settle what has to stand before torch is imported. Call it first.
+    """Set up the environment before torch is imported. Call this first.
 
-    Without a launcher, the process becomes the one rank of a world of one. A rank whose launcher
-    is killed ends with it.
+    Without a launcher, the world size is 1. If the launcher is killed, its ranks exit too.
     """
     set_rank_env_from_mpi()
     if "RANK" not in os.environ:
@@ -51,20 +50,20 @@ def prepare_environment() -> None:
         }  # fmt: skip
     else:
         end_with_launcher()
-    # DeepSpeed's launcher says LOCAL_SIZE, torchrun and Accelerate LOCAL_WORLD_SIZE. Without this,
-    # each of n ranks would start a thread for every core of the host.
+    # DeepSpeed's launcher sets LOCAL_SIZE, torchrun and Accelerate LOCAL_WORLD_SIZE. Otherwise,
+    # each rank would start one thread per core of the host.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     threads = max(1, len(os.sched_getaffinity(0)) // local)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def set_rank_env_from_mpi() -> None:
-    """Under mpirun without another launcher, RANK and the like are MPI's, or each process would be alone.
+    """Under plain mpirun, set RANK etc. from MPI's variables; else each world size would be 1.
 
-    `deepspeed --launcher openmpi` starts ranks so.
+    `deepspeed --launcher openmpi` starts ranks this way.
 
     Raises:
-        UserError: where nobody has said at which host and port the ranks meet.
+        UserError: if the host and port of the rendezvous are not set.
     """
     if "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" not in os.environ:
         return
@@ -82,12 +81,12 @@ def set_rank_env_from_mpi() -> None:
 
 
 def init_process_group() -> RankInfo:
-    """Join the process group: NCCL where this rank has a GPU, gloo elsewhere.
+    """Join the process group: NCCL if this rank has a GPU, otherwise gloo.
 
-    Returns after every rank of the world has joined.
+    Returns after all ranks have joined.
 
     Raises:
-        UserError: where the port at which the ranks meet is taken.
+        UserError: if the rendezvous port is in use.
     """
     import deepspeed
     import torch
@@ -95,7 +94,7 @@ def init_process_group() -> RankInfo:
     from launch.deepspeed_patches.startup import skip_shared_memory_op
 
     deepspeed.utils.logger.setLevel("WARNING")
-    # DeepSpeed calls what torch 2.13 has renamed; once per rank and a collective, and nothing to fix.
+    # DeepSpeed uses names that torch 2.13 deprecated: a warning per rank and collective.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_op()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -122,10 +121,10 @@ def init_process_group() -> RankInfo:
 
 
 def shutdown() -> NoReturn:
-    """End this rank, successfully, when all ranks have come here.
+    """Wait for all ranks, then exit with code 0.
 
-    Without the interpreter's own end: it takes down threads of gloo and the autograd engine in no
-    certain order, and a run of the tests has aborted there, with everything done and written.
+    Skips the normal interpreter exit, which stops threads of gloo and the autograd engine in no
+    defined order; a test run once aborted there, after all work was done.
     """
     import torch.distributed as dist
 
@@ -137,7 +136,7 @@ def shutdown() -> NoReturn:
 
 
 def from_main_rank(ranks: RankInfo, decide: Callable[[], Decision]) -> Decision:
-    """Rank 0's decision, on every rank. Whatever it is has to be picklable."""
+    """Broadcast rank 0's decision, which must be picklable, to all ranks."""
     import torch.distributed as dist
 
     decision: list[Any] = [decide() if ranks.is_main else None]

@@ -1,4 +1,4 @@
-"""The random generators that training draws from (dropout above all), as one state a rank."""
+"""The random generators used in training (mainly for dropout), as one state per rank."""
 
 import random
 from typing import Any
@@ -8,20 +8,20 @@ import torch
 
 
 def seed_generators(seed: int, stage: int, data_rank: int) -> None:
-    """Start every generator of this rank, apart from those of other stages and data parallel ranks.
+    """Seed this rank's generators, differently for each stage and data parallel rank.
 
-    The ranks of a tensor group start alike: `models/parallel/rng.py` says why.
+    The ranks of a tensor group get the same seed; `models/parallel/rng.py` explains why.
 
-    Call it when the model is built: what that draws differs between ZeRO stages.
+    Call this after building the model, whose random draws differ between ZeRO stages.
     """
     mixed = int(np.random.SeedSequence([seed, stage, data_rank]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
-    torch.manual_seed(mixed)  # of the GPU too
+    torch.manual_seed(mixed)  # seeds the GPU too
 
 
 def generator_states() -> dict[str, Any]:
-    """Where each generator is, to be saved."""
+    """The states of all generators, for saving."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -31,7 +31,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def set_generator_states(states: dict[str, Any]) -> None:
-    """Put each generator back to where `generator_states` found it."""
+    """Restore the states returned by `generator_states`."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

@@ -1,16 +1,16 @@
-"""Where a run writes, and which checkpoint it resumes from.
+"""The layout of a run folder.
 
 runs/<recipe>/<time>/
     recipe.yaml        the resolved recipe
     deepspeed.json     the resolved configuration
-    environment.json   versions, devices, commit, command; of earlier starts too
-    metrics.jsonl      one object a step
+    environment.json   versions, devices, commit, command; also of earlier starts
+    metrics.jsonl      one object per step
     tensorboard/       the same, for TensorBoard
     checkpoints/step_00000500/ ...
     model.safetensors  the final weights
     loss.png, sample.txt, summary.json
-    job/               what scripts/submit.py wrote: scripts, the recipe, a log a rank
-    STOP               touch it, and the run saves and ends
+    job/               files of scripts/submit.py: scripts, the recipe, one log per rank
+    STOP               touch this to make the run save and stop
 """
 
 import json
@@ -34,38 +34,38 @@ from launch.paths import ROOT
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run."""
+    """Paths in a run folder."""
 
     path: Path
 
     @property
     def checkpoints(self) -> Path:
-        """The folder that holds one folder a checkpoint."""
+        """The folder with one subfolder per checkpoint."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a step."""
+        """One JSON object per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def stop(self) -> Path:
-        """Touched by whoever wants the run to save and end (`launch/training/preemption.py`)."""
+        """Touch this file to make the run save and stop (`launch/training/preemption.py`)."""
         return self.path / "STOP"
 
     @property
     def summary(self) -> Path:
-        """What came out; it exists only when the run has finished."""
+        """The results; exists only after the run has finished."""
         return self.path / "summary.json"
 
 
 def new_folder(parent: Path) -> Path:
-    """Make a folder named by the time below `parent`; two runs of one second get two of them."""
+    """Create a folder named after the current time in `parent`, unique even within a second."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path, number = parent / stamp, 1
     while True:
         try:
-            path.mkdir(parents=True)  # here and now: another run may start in the same second
+            path.mkdir(parents=True)  # claims the name: another run may start in the same second
         except FileExistsError:
             path, number = parent / f"{stamp}-{number}", number + 1
         else:
@@ -73,12 +73,12 @@ def new_folder(parent: Path) -> Path:
 
 
 def lock_run_dir(run: RunDir) -> FileLock:
-    """Make the run's folder, and keep every other process out of it while this one lives.
+    """Create the run folder and lock out other processes while this one lives.
 
     Raises:
-        UserError: where it cannot be made or written to, or a run is writing to it.
+        UserError: if it cannot be created or written to, or another run is writing to it.
     """
-    lock = FileLock(run.path / ".lock")  # the kernel drops it with its holder
+    lock = FileLock(run.path / ".lock")  # the kernel releases it when its holder dies
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -95,7 +95,7 @@ def lock_run_dir(run: RunDir) -> FileLock:
 
 
 def write_settings(run: RunDir, recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> None:
-    """Write recipe.yaml, deepspeed.json and environment.json; a resumed run's keeps the earlier."""
+    """Write recipe.yaml, deepspeed.json and environment.json, which also keeps earlier starts."""
     (run.path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
     (run.path / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n")
     file, now = run.path / "environment.json", environment(world_size)
@@ -108,10 +108,10 @@ def write_settings(run: RunDir, recipe: Recipe, ds_config: dict[str, Any], world
 
 
 def read_settings(folder: Path) -> Recipe:
-    """The resolved recipe of a run folder.
+    """Read the resolved recipe of a run folder.
 
     Raises:
-        UserError: where the folder is not a run's.
+        UserError: if the folder is not a run folder.
     """
     file = folder / "recipe.yaml"
     if not file.is_file():
@@ -120,7 +120,7 @@ def read_settings(folder: Path) -> Recipe:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """Read the records of a metrics.jsonl; a truncated last line is ignored."""
     records = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -131,7 +131,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def environment(world_size: int) -> dict[str, Any]:
-    """What a reader needs to reproduce a run: versions, devices, commit, command."""
+    """The information needed to reproduce a run: versions, devices, commit, command."""
     import torch
 
     packages = ("torch", "deepspeed", "transformers", "datasets", "accelerate")

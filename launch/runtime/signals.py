@@ -1,4 +1,4 @@
-"""How a rank ends when somebody else decides so: its launcher's death, Ctrl-C, SIGTERM."""
+"""End a rank when its launcher dies, or on Ctrl-C or SIGTERM."""
 
 import ctypes
 import os
@@ -12,8 +12,8 @@ from launch.runtime.failures import end
 
 PR_SET_PDEATHSIG = 1
 LOOK_EVERY_SECONDS = 1.0
-# Another rank's failure is told by that rank, or by one that lost the connection to it. Only where
-# nobody has done so does a rank that gets a signal speak.
+# A failure is reported by the failed rank, or by one that lost the connection to it. A rank that
+# gets a signal prints only if no other rank has reported an error.
 REASONS = {
     signal.SIGINT: "interrupted by Ctrl-C (SIGINT)",
     signal.SIGTERM: "ended by SIGTERM: another rank died, or somebody stopped the job",
@@ -21,9 +21,9 @@ REASONS = {
 
 
 def end_with_launcher() -> None:
-    """Have this rank end when the launcher, or the `deepspeed` command above it, is killed.
+    """End this rank when the launcher, or the `deepspeed` command above it, is killed.
 
-    The launcher's own clean-up does not run on SIGKILL: its ranks would go on without it.
+    On SIGKILL the launcher cannot clean up, and its ranks would keep running.
     """
     if sys.platform != "linux":
         return
@@ -32,7 +32,7 @@ def end_with_launcher() -> None:
     if "deepspeed.launcher.launch" not in _command_line(launcher):
         return
     command = _parent(launcher)
-    # What starts launch.py on another host may be a shell or a daemon; those may come and go.
+    # On another host, launch.py's parent may be a shell or a daemon, which can exit at any time.
     if command is not None and "deepspeed" in _command_line(command):
         threading.Thread(target=_end_with, args=(launcher, command), daemon=True).start()
 
@@ -52,24 +52,24 @@ def _command_line(pid: int) -> str:
 
 def _parent(pid: int) -> int | None:
     try:
-        # The name, in brackets, may hold spaces and brackets itself.
+        # The name in parentheses may itself contain spaces and parentheses.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError):
         return None
 
 
 def install_signal_handlers() -> None:
-    """End with one line on SIGINT and SIGTERM, also while the main thread waits in a collective.
+    """End with one line on SIGINT and SIGTERM, even while the main thread waits in a collective.
 
-    Python runs handlers in the main thread and between bytecodes, which a rank whose peer is gone
-    may never reach; the launcher would wait for it for 30 seconds. So a thread listens.
+    Python runs signal handlers in the main thread, between bytecodes. A rank whose peer is gone may
+    never get there, and the launcher would wait 30 seconds for it, so a thread handles the signals.
     """
     listening, telling = os.pipe()
     os.set_blocking(telling, False)
     signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
     for number in REASONS:
         signal.signal(number, lambda _number, _frame: None)
-    # A child that is forked without exec (a worker of `datasets`) must not speak for us.
+    # A child forked without exec (a `datasets` worker) must not print our error.
     os.register_at_fork(after_in_child=_forget_signals)
     threading.Thread(target=_listen, args=(listening,), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Commands on other hosts over ssh, and the hostfile that names them."""
+"""Run commands on other hosts over ssh, and read hostfiles."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from launch.errors import UserError
 CONNECT_SECONDS = 8
 
 
-# What ssh says, and what to do.
+# ssh's error messages and their fixes.
 FAILURES = (
     ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key has changed since it was last seen; if "
      "the host was installed anew: ssh-keygen -R {host}; ssh-keyscan {host} >> ~/.ssh/known_hosts"),
@@ -30,7 +30,7 @@ FAILURES = (
 
 
 def ssh_command(host: str) -> list[str]:
-    """The ssh command for a host: it asks nothing and soon gives up; host keys are as the user has them."""
+    """The ssh command for a host: no prompts, a short timeout, the user's host key settings."""
     return [
         "ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}",
         "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", host,
@@ -38,7 +38,7 @@ def ssh_command(host: str) -> list[str]:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Hosts and their slots, in order, of a file in DeepSpeed's form: `host1 slots=8`.
+    """Read hosts and slots, in order, from a file in DeepSpeed's format: `host1 slots=8`.
 
     Raises:
         UserError: with file and line.
@@ -66,16 +66,16 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def run_on_host(
     host: str, argv: Sequence[str], stdin: str | None = None, timeout: float = 20
 ) -> str:
-    """What a command prints on another host.
+    """Run a command on another host and return its output.
 
     Args:
-        host: as ssh knows it.
-        argv: the command's words; no shell over there takes them apart.
-        stdin: text for it.
+        host: the host's name for ssh.
+        argv: the command's arguments; quoted for the remote shell.
+        stdin: text for its standard input.
         timeout: seconds.
 
     Raises:
-        UserError: where the host cannot be reached or the command fails, with what to do.
+        UserError: if the host cannot be reached or the command fails, with the fix.
     """
     try:
         done = subprocess.run(
