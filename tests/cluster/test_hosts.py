@@ -78,10 +78,11 @@ def test_two_hosts_train_what_one_trains(
 
 
 @pytest.mark.parametrize("kind", each_launcher("openmpi"))
-def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster, kind: str) -> None:
-    job = submit(cluster, kind, recipe(cluster, f"rank_{kind}", steps=MANY), hosts(cluster))
+def test_a_killed_rank_ends_the_job(cluster: Cluster, kind: str) -> None:
+    file = recipe(cluster, f"rank_{kind}", steps=MANY)
+    job = submit(cluster, kind, file, hosts(cluster), gpus=1)
     wait_for_step(job, 3)
-    training(cluster, cluster.hosts[1])[3].kill()
+    training(cluster, cluster.hosts[1])[1].kill()
     wait_for_nothing_left(cluster)
     followed = care(cluster, "status", "--follow", str(job.run))
     assert followed.code == 2
@@ -89,8 +90,7 @@ def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster, kind: str)
 
     # The next job in this run folder fails of something else, and that alone is told.
     again = ["--set", f"run.dir={job.run}", "train.seed=5", "--follow"]
-    file = recipe(cluster, f"rank_{kind}", steps=MANY)
-    other = try_submit(cluster, kind, file, hosts(cluster), *again)
+    other = try_submit(cluster, kind, file, hosts(cluster), *again, gpus=1)
     assert other.code == 2
     assert "was saved by another recipe: train.seed was" in other.error()
     assert "the connection to another rank" not in (job.run / "job/job.log").read_text()
@@ -167,19 +167,24 @@ def with_word(*words: str) -> list[psutil.Process]:
     return found
 
 
+AGAIN_STEPS = 60
+
+
 def test_a_job_that_is_asked_to_save_goes_on_when_submitted_again(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    values = recipe_values(cluster, steps=150, checkpoint={"every": 0})
+    values = recipe_values(cluster, steps=AGAIN_STEPS, checkpoint={"every": 0})
     file = write_yaml(cluster.folder / "hosts_again.yaml", values)
-    job = submit(cluster, "ssh", file, hosts(cluster))
-    wait_for_step(job, 3)
-    assert care(cluster, "cancel", job.id, "--save").code == 0
-    stopped = care(cluster, "status", "--follow", job.id)
+    # On a slow link no machine has done all steps before it is asked.
+    with cluster.limit("2mbit"):
+        job = submit(cluster, "ssh", file, hosts(cluster))
+        wait_for_step(job, 2)
+        assert care(cluster, "cancel", job.id, "--save").code == 0
+        stopped = care(cluster, "status", "--follow", job.id)
     assert stopped.code == 2
     assert "it was asked to save and end" in stopped.error()
     before = max(steps(job.run))
-    assert before < 150
+    assert before < AGAIN_STEPS
     again = submit(cluster, "ssh", file, hosts(cluster), "--set", f"run.dir={job.run}", "--follow")
     assert again.run == job.run
     assert any(f"resuming after step {before}" in log.read_text() for log in job.logs)

@@ -82,14 +82,14 @@ def write_inline(text: str) -> str:
 def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    values = recipe_values(cluster, steps=200, checkpoint={"every": 0})
+    values = recipe_values(cluster, steps=100, checkpoint={"every": 0})
     file = write_yaml(cluster.folder / "slurm_limit.yaml", values)
     # The signal comes a minute after the start, or up to 30 s earlier; a slow machine then has 19
     # minutes to save.
     slurm = {"time": "20", "save_seconds": 19 * 60}
     place = site(cluster, "limit", slurm=slurm, runs=str(cluster.folder / "runs with 50% blanks"))
-    # On a slow link no machine has done 200 steps by then.
-    with cluster.limit("5mbit"):
+    # On a slow link, where a step takes about a second, no machine has done all by then.
+    with cluster.limit("2mbit"):
         job = submit(cluster, "slurm", file, place)
         wait_until(lambda: (job.run / "checkpoints").is_dir(), 150, "the run saves")
     followed = care(cluster, "status", "--follow", str(job.run))
@@ -116,10 +116,12 @@ def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
     assert "cancelled" in state(cluster, job)
 
 
-def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster) -> None:
-    job = submit(cluster, "slurm", recipe(cluster, "rank", steps=MANY), site(cluster, "plain"))
+def test_a_killed_rank_ends_the_job(cluster: Cluster) -> None:
+    job = submit(
+        cluster, "slurm", recipe(cluster, "rank", steps=MANY), site(cluster, "plain"), gpus=1
+    )
     wait_for_step(job, 3)
-    training(cluster, cluster.hosts[1])[3].kill()
+    training(cluster, cluster.hosts[1])[1].kill()
     wait_for_nothing_left(cluster)
     followed = care(cluster, "status", "--follow", str(job.run))
     assert followed.code == 2
@@ -127,6 +129,7 @@ def test_a_killed_rank_ends_the_job_within_a_minute(cluster: Cluster) -> None:
     assert "logs:" in followed.error()
 
 
+@pytest.mark.matrix  # as on hosts without Slurm
 def test_a_node_whose_ranks_hang_is_ended_when_a_rank_of_another_fails(cluster: Cluster) -> None:
     job = submit(
         cluster, "slurm", recipe(cluster, "hang", steps=MANY), site(cluster, "plain"), gpus=1

@@ -9,6 +9,7 @@ from launch.paths import ROOT
 from models.pipeline_schedules import SCHEDULES
 from tests.cluster import test_hosts, test_slow_links, test_slurm
 from tests.cluster.jobs import LAUNCHERS
+from tests.ds_configs import test_json
 from tests.parity import (
     test_copies,
     test_evaluation,
@@ -82,6 +83,12 @@ def test_every_axis_and_schedule_is_compared() -> None:
 def test_every_fault_is_seeded(module: Any) -> None:
     seeded = {fault.__name__ for fault in firsts(module.test_fault_is_caught)}
     assert seeded == {fault.__name__ for fault, *_ in module.FAULTS}
+
+
+def test_every_twin_trains_under_trainer_or_accelerator() -> None:
+    trainer = firsts(test_json.test_trains_under_the_real_trainer)
+    accelerator = firsts(test_json.test_trains_under_the_real_accelerator)
+    assert sorted([*trainer, *accelerator]) == test_json.HF
 
 
 def test_every_kind_of_layout_is_killed_and_resumed() -> None:
