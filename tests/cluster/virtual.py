@@ -178,7 +178,9 @@ class Cluster:
             raise AssertionError(f"{host} is off")
         # The folder is entered inside: from outside it could be another, under a hidden path.
         enter = ["nsenter", "--target", str(pid), "--mount", "--uts", "--ipc", "--net", "--pid"]
-        return [*enter, "env", "--chdir", str(cwd), *(str(part) for part in command)]
+        # A shell starts what it puts into the background with SIGINT ignored, and so would we all.
+        plain = ["env", "--default-signal=INT", "--chdir", str(cwd)]
+        return [*enter, *plain, *(str(part) for part in command)]
 
     def start(
         self,
