@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from tests.parity.cases import DOCUMENTS, Case, Workbench
-from tests.parity.kinds import KINDS, PP2, TP2
+from tests.parity.kinds import KINDS, PP2, TP2, axes_of
 from tests.parity.planting import Fault, faulty_layout, first_seen, plant
 from tests.parity.test_autotp import HFCase
+from tests.parity.test_layouts import EPS
+from tests.selection import representatives
 
 STEMS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload_cpu")
 LAYOUTS = [
@@ -25,10 +27,19 @@ LAYOUTS = [
 ]
 CASES = [
     *(
-        dataclasses.replace(case, uneven_weights=True, overrides=(*case.overrides, DOCUMENTS))
+        dataclasses.replace(
+            case,
+            uneven_weights=True,
+            overrides=(*case.overrides, *EPS[case.precision], DOCUMENTS),
+        )
         for case in LAYOUTS
     ),
-    *(dataclasses.replace(KINDS[kind], uneven_weights=True) for kind in ("tp2", "pp2_dp2")),
+    *(
+        dataclasses.replace(
+            KINDS[kind], uneven_weights=True, overrides=(*KINDS[kind].overrides, *EPS["fp32"])
+        )
+        for kind in ("tp2", "pp2_dp2")
+    ),
     HFCase("zero1", 2, "fp32", model="llama", uneven_weights=True, overrides=(DOCUMENTS,)),
     HFCase(
         "zero3", 2, "fp32", model="qwen3", tensor=1, uneven_weights=True, overrides=(DOCUMENTS,)
@@ -36,12 +47,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_layout_equals_one_device(
-    case: Case, bench: Workbench, request: pytest.FixtureRequest
-) -> None:
-    if "offload" in case.stem:
-        request.getfixturevalue("built_ops")
+def kinds(case: Case) -> set[object]:
+    """ZeRO stage, precision, and the axes that are sharded; each with rows of several documents."""
+    return {case.stem, *axes_of(case), DOCUMENTS in case.overrides, type(case)}
+
+
+@pytest.mark.usefixtures("built_ops")
+@pytest.mark.parametrize(
+    "case",
+    representatives(CASES, kinds, cost=lambda case: case.ranks),
+    ids=lambda case: case.name,
+)
+def test_layout_equals_one_device(case: Case, bench: Workbench) -> None:
     differences = bench.compare(case)
     assert not [d for d in differences if d.past]
     assert {d.quantity for d in differences} >= {"loss", "grad norm", "weights"}
