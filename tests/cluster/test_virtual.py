@@ -82,7 +82,7 @@ def test_the_end_of_a_command_is_told(cluster: Cluster) -> None:
     ended = cluster.run(["sh", "-c", "echo $A; pwd; exit 7"], env={"A": "a b"}, cwd=Path("/usr"))
     assert (ended.code, ended.output) == (7, "a b\n/usr\n")
     with pytest.raises(AssertionError, match="begun"):
-        cluster.run(["sh", "-c", "echo begun; sleep 100"], cluster.hosts[0], timeout=1)
+        cluster.run(["sh", "-c", "echo begun; sleep 100"], cluster.hosts[0], timeout=5)
 
 
 def test_ranks_are_those_of_one_host(cluster: Cluster) -> None:
