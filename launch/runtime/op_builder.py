@@ -155,9 +155,6 @@ def _build(builder: Any, name: str, folder: Path, say: Callable[[str], None]) ->
             folder
         )  # built for another machine or version, which the build tool does not notice
     say(f"building {name} once, {OPS[name].minutes} ...")
-    # What a debugger would read costs a third of the time.
-    flags = builder.cxx_args
-    builder.cxx_args = lambda: [flag for flag in flags() if flag != "-g"]
     try:
         builder.load(verbose=False)
     except Exception as error:

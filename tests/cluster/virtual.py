@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from launch.paths import ROOT
 from tests.cli.commands import OF_A_RANK, Ended
@@ -43,16 +44,19 @@ from tests.cluster.slurm_files import (
 
 PREFIX = "vc"  # of every name: vc<process id><a letter for each cluster of a process>-<host>
 UP_WITHIN_SECONDS = 600.0
+REMOVING = "/run/lock/virtual-clusters"  # of this machine, whatever TMPDIR a worker has
 _alive: list[str] = []  # the clusters of this process
 
 
 def remove_stale() -> None:
-    """Remove what the clusters of dead processes have left."""
-    found = {file.name for place in (NAMESPACES, ETC, STATE) for file in place.glob(f"{PREFIX}*")}
-    for cluster in {name.partition("-")[0] for name in found} - set(_alive):
-        pid = cluster.removeprefix(PREFIX).rstrip("abcdefghijklmnopqrstuvwxyz")
-        if pid.isdecimal() and not is_made_by(int(pid), STATE / cluster / "slurm.conf"):
-            remove(cluster)
+    """Remove what the clusters of dead processes have left; the tests' workers take turns."""
+    with FileLock(REMOVING):
+        places = (NAMESPACES, ETC, STATE)
+        found = {file.name for place in places for file in place.glob(f"{PREFIX}*")}
+        for cluster in {name.partition("-")[0] for name in found} - set(_alive):
+            pid = cluster.removeprefix(PREFIX).rstrip("abcdefghijklmnopqrstuvwxyz")
+            if pid.isdecimal() and not is_made_by(int(pid), STATE / cluster / "slurm.conf"):
+                remove(cluster)
 
 
 class Cluster:
