@@ -35,10 +35,7 @@ class Facts:
         params = optimizer.get("params") or {} if isinstance(optimizer, dict) else None
         if not all(isinstance(block, dict) for block in (zero, types, bf16, fp16, params)):
             return None
-        try:
-            stage = int(zero.get("stage", 0))
-        except (TypeError, ValueError):  # "auto", which only Accelerate fills in; null; a list
-            stage = 0
+        stage = zero_stage(config)
         precision = "fp32"
         for name, block in (("fp16", fp16), ("bf16", bf16)):
             enabled = block.get("enabled", False)
@@ -49,7 +46,7 @@ class Facts:
 
     def device(self, block: str) -> str:
         """The device of `offload_optimizer` or `offload_param`: "none", "cpu" or "nvme"."""
-        return str((self.zero.get(block) or {}).get("device", "none"))
+        return offload_device(self.config, block)
 
     @property
     def adam(self) -> bool:
@@ -89,7 +86,7 @@ def zero_block(ds_config: dict[str, Any]) -> dict[str, Any]:
 def zero_stage(ds_config: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed config; "3" and 3.0 are accepted too.
 
-    0 if it is not a number, which the linter reports.
+    0 if it is not a number: "auto", which only Accelerate fills in, or what the linter reports.
     """
     try:
         return int(zero_block(ds_config).get("stage", 0))
