@@ -9,7 +9,7 @@ from launch.cluster.job_store import Record, State
 # Each module has a class Backend. If the hosts see this machine's disk, the job's files are there.
 MODULES = {
     "slurm": "slurm",
-    "ssh": "ssh_hosts",
+    "ssh": "ssh",
     "openmpi": "openmpi",
     "k8s": "kubernetes",
     "kubeflow": "kubeflow",
@@ -59,5 +59,5 @@ class Backend(Protocol):
 
 def backend_of(cluster: str) -> Backend:
     """The backend for a key of `MODULES`."""
-    module = importlib.import_module(f"launch.cluster.{MODULES[cluster]}")
+    module = importlib.import_module(f"launch.cluster.backends.{MODULES[cluster]}")
     return cast(Backend, module.Backend())

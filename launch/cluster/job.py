@@ -2,7 +2,7 @@
 
 <run folder>/job/
     <recipe>.yaml   the recipe with overrides applied, so that nothing is passed through a shell
-    ...             the cluster's files, rendered from the templates next to this file
+    ...             the cluster's files, rendered from the templates in backends/
     logs/           one file per rank and start, <time>_rank<N>.log
     job.json        the record of the submission
 """
@@ -26,7 +26,7 @@ from launch.errors import UserError
 from launch.paths import ROOT
 from launch.runtime.world_info import encode_world_info
 
-TEMPLATES = Path(__file__).resolve().parent
+TEMPLATES = Path(__file__).resolve().with_name("backends")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Job:
         return ["launch/train.py", "--config", str(self.config), "--resume", "auto"]
 
     def render(self, template: str, **more: object) -> str:
-        """Render a template of this folder with `job` (this object) and `q` (shell quoting)."""
+        """Render a template of backends/ with `job` (this object) and `q` (shell quoting)."""
         # No autoescaping, as these are scripts. External values must go through q or tojson.
         environment = Environment(
             loader=FileSystemLoader(TEMPLATES),

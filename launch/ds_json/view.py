@@ -94,6 +94,13 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
         return 0
 
 
+def memory_efficient_linear(ds_config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed replaces F.linear by its own: under stage 3, unless it is told not to."""
+    return zero_stage(ds_config) == 3 and bool(
+        zero_block(ds_config).get("memory_efficient_linear", True)
+    )
+
+
 def offload_blocks(ds_config: dict[str, Any]) -> list[dict[str, Any]]:
     """The blocks `offload_optimizer` and `offload_param`, if present; not copies."""
     found = (block(zero_block(ds_config), name) for name in ("offload_optimizer", "offload_param"))

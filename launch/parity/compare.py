@@ -92,11 +92,11 @@ def tolerances(
 
 def tolerances_of(recipe: Recipe, ds_config: dict[str, Any]) -> Tolerances:
     """The bounds for a recipe's layout with this resolved JSON."""
-    from launch.ds_json.view import compute_dtype, zero_stage
+    from launch.ds_json.view import compute_dtype, memory_efficient_linear
 
     elsewhere = recipe.train.compile or recipe.parallel.tensor > 1
-    # ZeRO-3's F.linear (memory_efficient_linear) rounds the product, then the sum with the bias.
-    apart = zero_stage(ds_config) == 3
+    # It rounds the product, then the sum with the bias.
+    apart = memory_efficient_linear(ds_config)
     return tolerances(compute_dtype(ds_config), layer_count(recipe), elsewhere, apart)
 
 

@@ -3,6 +3,7 @@
 An interrupted build does no harm: see `launch/deepspeed_patches/jit_lock.py`.
 """
 
+import fcntl
 import importlib.metadata
 import os
 import platform
@@ -108,13 +109,29 @@ def stale_locks() -> list[Path]:
 
     def found() -> set[Path]:
         locks = (lock for place in places for lock in place.glob("**/lock"))
-        return {lock for lock in locks if not is_held(lock)}
+        return {lock for lock in locks if not is_held(lock) and not _is_building(lock.parent)}
 
     stale = found()
     if stale:  # by then, another host that is only loading an op has released its lock
         time.sleep(LOADS_WITHIN_SECONDS)
         stale &= found()
     return sorted(stale)
+
+
+def _own_lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.building")
+
+
+def _is_building(folder: Path) -> bool:
+    """Whether `build_ops` builds into this folder, perhaps in a container or on a host that shares it."""
+    try:
+        with _own_lock(folder).open() as ours:  # shared, so that two that ask do not see each other
+            fcntl.flock(ours, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _make_ready(name: str, say: Callable[[str], None]) -> None:
@@ -126,7 +143,7 @@ def _make_ready(name: str, say: Callable[[str], None]) -> None:
     folder = use_private_cache() / name
     if not _load_built(builder, name, folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{name}.building"):
+        with FileLock(_own_lock(folder)):
             if not _load_built(builder, name, folder):
                 _build(builder, name, folder, say)
     builder.load()  # now only a look-up; pin_memory exports its symbols for async_io here

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.cluster.ssh_hosts import escaped
+from launch.cluster.backends.ssh import escaped
 from launch.errors import UserError
 from launch.paths import ROOT
 from tests.cluster.jobs import LAUNCHERS, hosts, recipe, try_submit, unknown_key

@@ -13,7 +13,7 @@ import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from launch.cluster.backend import MODULES, backend_of
-from launch.cluster.containers import NAME_LENGTH, name_of
+from launch.cluster.backends.containers import NAME_LENGTH, name_of
 from launch.cluster.job import Job, make_job, write_files
 from launch.cluster.job_store import Record
 from launch.cluster.site import Kubernetes, Site, SkyPilot, load_site
@@ -257,7 +257,7 @@ def test_the_image_holds_what_a_job_needs() -> None:
 def test_every_cluster_has_a_page() -> None:
     pages = {"k8s": "kubernetes", "kubeflow": "kubernetes"}
     for cluster in MODULES:
-        page = ROOT / f"launch/cluster/{pages.get(cluster, cluster)}.md"
+        page = ROOT / f"launch/cluster/backends/{pages.get(cluster, cluster)}.md"
         assert page.is_file()
         if cluster in ("k8s", "kubeflow", "skypilot"):
             assert "chema-checked, not run" in page.read_text()

@@ -27,7 +27,10 @@ DOCUMENTS = (
     "ds_configs/README.md",
     "models/README.md",
     "launch/README.md",
-    *sorted(f"launch/cluster/{page.name}" for page in (ROOT / "launch/cluster").glob("*.md")),
+    *sorted(
+        f"launch/cluster/backends/{page.name}"
+        for page in (ROOT / "launch/cluster/backends").glob("*.md")
+    ),
 )
 SCRIPTS = sorted((ROOT / "scripts").glob("[!_]*.py"))
 # Commands of other people's programs, which are not ours to check.

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import kill_job
+from launch.cluster.backends.slurm import world_info_of_node
+from launch.cluster.backends.ssh import escaped
 from launch.cluster.job_store import Record
 from launch.cluster.monitor import errors
-from launch.cluster.slurm import world_info_of_node
-from launch.cluster.ssh_hosts import escaped
 from launch.errors import UserError
 
 

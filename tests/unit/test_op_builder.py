@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from launch.deepspeed_patches.jit_lock import is_held, wait_for_lock_owner
 from launch.deepspeed_patches.startup import skip_shared_memory_op
@@ -283,3 +284,19 @@ def test_the_cache_is_ours_unless_the_user_has_one(monkeypatch: pytest.MonkeyPat
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(op_builder.use_private_cache())
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
     assert op_builder.use_private_cache() == Path("/somewhere")
+
+
+def test_a_lock_of_a_build_that_runs_is_not_stale(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody of this host need hold it: the build may run on another one, or in a container."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache))
+    monkeypatch.setenv("HOME", str(cache))
+    monkeypatch.setattr(op_builder, "LOADS_WITHIN_SECONDS", 0)
+    lock = cache / "tiny_op/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert op_builder.stale_locks() == [lock]
+    with FileLock(cache / "tiny_op.building"):
+        assert op_builder.stale_locks() == []
+    assert op_builder.stale_locks() == [lock]

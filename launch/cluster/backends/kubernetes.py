@@ -1,6 +1,6 @@
 """Kubernetes: an Indexed Job, one pod per node, a headless Service, and a ConfigMap (recipe)."""
 
-from launch.cluster.containers import (
+from launch.cluster.backends.containers import (
     ask,
     ask_json,
     container_script,

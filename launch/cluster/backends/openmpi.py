@@ -2,7 +2,7 @@
 
 import os
 
-from launch.cluster.host_backend import HostBackend
+from launch.cluster.backends.host_backend import HostBackend
 from launch.cluster.hosts import hosts_of
 from launch.cluster.job import Job
 

@@ -2,10 +2,10 @@
 
 import re
 
-from launch.cluster.containers import ask, container_script, name_of, require
+from launch.cluster.backends.containers import ask, container_script, name_of, require
+from launch.cluster.backends.kubeflow import WRITE_RECIPE
 from launch.cluster.job import Job
 from launch.cluster.job_store import Record, State
-from launch.cluster.kubeflow import WRITE_RECIPE
 
 HINT = "run: pip install 'skypilot[aws]' (or your cloud's name) in an environment of its own"
 # Map states of `sky queue` (PENDING, SETTING_UP, RUNNING, ...) to ours.

@@ -1,7 +1,13 @@
 """Kubeflow Trainer: a TrainJob on its torch runtime, which creates and numbers the pods."""
 
-from launch.cluster import kubernetes
-from launch.cluster.containers import container_script, environment, literal, name_of, require
+from launch.cluster.backends import kubernetes
+from launch.cluster.backends.containers import (
+    container_script,
+    environment,
+    literal,
+    name_of,
+    require,
+)
 from launch.cluster.job import Job
 
 # A TrainJob cannot mount our ConfigMap before its pods exist, so the recipe is sent in a variable.
