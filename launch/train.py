@@ -30,9 +30,9 @@ from launch.runtime.failures import one_line_errors
 from launch.runtime.process_group import (
     from_main_rank,
     prepare_environment,
-    set_rank_env_from_mpi,
     shutdown,
 )
+from launch.runtime.rank_env import set_rank_env_from_launcher
 from launch.runtime.signals import install_signal_handlers
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def parse_arguments() -> argparse.Namespace:
         "--ranks",
         type=int,
         metavar="N",
-        help="with --dry-run: as if on N ranks (default: those started)",
+        help="with --dry-run: as if on N ranks (default: those started, or the fewest that fit)",
     )
     parser.add_argument(
         "--allow-untested-deepspeed",
@@ -192,7 +192,7 @@ def main() -> None:
     """Parse the command line and run the requested command."""
     arguments = parse_arguments()
     with one_line_errors():
-        set_rank_env_from_mpi()
+        set_rank_env_from_launcher()
         install_signal_handlers()
         if arguments.list or arguments.dry_run:
             if os.environ.get("RANK", "0") != "0":
@@ -202,8 +202,10 @@ def main() -> None:
             if arguments.list:
                 print_list()
                 return
-            world_size = arguments.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-            print_dry_run(load_recipe(arguments.config, arguments.set), world_size)
+            recipe = load_recipe(arguments.config, arguments.set)
+            fewest = str(recipe.parallel.model_parallel_size)
+            world_size = arguments.ranks or int(os.environ.get("WORLD_SIZE", fewest))
+            print_dry_run(recipe, world_size)
             return
         check_version(arguments.allow_untested_deepspeed)
         train(load_recipe(arguments.config, arguments.set), arguments.resume)

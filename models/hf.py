@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from models.parallel.cross_entropy import cross_entropy
+
+SAME_LOGITS = 1e-4  # of their standard deviation; rounding alone changes less
 
 
 def read_config(path: str, changes: dict[str, Any]) -> PreTrainedConfig:
@@ -39,16 +42,31 @@ def dropouts(config: PreTrainedConfig) -> dict[str, float]:
     }
 
 
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that a model was made for; None if there is no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None  # XLNet: -1
+
+
 class HFCausalLM(nn.Module):
     """A transformers model with the forward of `models/gpt.py`: logits, or the summed loss.
 
     Parameters have transformers' names with the prefix `model.`. The weights file omits the prefix,
     so `from_pretrained` can read it.
+
+    Raises:
+        ValueError: if the configuration asks for a router loss that this class does not know.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint_activations: bool = False) -> None:
         super().__init__()
         self.model = model
+        router_loss = getattr(model.config, "output_router_logits", False)
+        if router_loss and not hasattr(model, "router_aux_loss_coef"):
+            raise ValueError(
+                f"{type(model).__name__} has no router_aux_loss_coef, so that its router loss is not "
+                "known; use model.changes.output_router_logits=false"
+            )
         if checkpoint_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -59,18 +77,52 @@ class HFCausalLM(nn.Module):
         loss_weights: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """As `GPT.forward`: `[batch, sequence]` to logits, or to a scalar loss with labels."""
+        """As `GPT.forward`: `[batch, sequence]` to logits, or to a scalar loss with labels.
+
+        In training, a mixture of experts with `output_router_logits` adds its router loss, times its
+        coefficient, to the loss of each label.
+        """
         # transformers builds a document mask from positions that restart. The key/value cache
         # (use_cache) is only for generation.
-        logits: Tensor = self.model(
-            input_ids=tokens, position_ids=positions, use_cache=False
-        ).logits
-        return logits if labels is None else cross_entropy(logits, labels, loss_weights)
+        output = self.model(input_ids=tokens, position_ids=positions, use_cache=False)
+        logits: Tensor = output.logits
+        if labels is None:
+            return logits
+        loss = cross_entropy(logits, labels, loss_weights)
+        router_loss = getattr(output, "aux_loss", None)
+        if self.training and router_loss is not None:
+            counted = labels.numel() if loss_weights is None else loss_weights.sum()
+            loss = loss + self.model.router_aux_loss_coef * router_loss * counted
+        return loss
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Check that a token's logits do not depend on later tokens, on a sequence of 8.
+
+    Raises:
+        ValueError: if they do: an encoder, which would see the tokens that it is to predict.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    tokens = torch.arange(8, 16, device=device)[None] % model.config.get_text_config().vocab_size
+    other = tokens.clone()
+    other[0, -1] = tokens[0, 0]
+    first, second = (
+        model(input_ids=each, use_cache=False).logits[0, :-1].float() for each in (tokens, other)
+    )
+    model.train(was_training)
+    if float((first - second).abs().max()) > SAME_LOGITS * float(first.std()):
+        raise ValueError(
+            f"{type(model).__name__} is not causal: it sees the tokens that it is to predict; use a "
+            "decoder (for some encoders model.changes.is_decoder=true)"
+        )
 
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with initial weights drawn by its own code from torch's global generator."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    """A model in fp32 with initial weights drawn by its own code from torch's global generator."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype="float32")
     return model
 
 

@@ -58,7 +58,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="default: one a GPU, and 2 without GPUs"
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="default: one a GPU, and 2 without GPUs; or else the fewest that the layout takes",
     )
     parser.add_argument(
         "--steps", type=int, default=10, metavar="K", help="steps to time a round; default: 10"
@@ -87,9 +90,9 @@ def run(given: argparse.Namespace) -> None:
         value = getattr(given, name)
         if value < least:
             raise UserError(f"--{name}: {value} is too few; use {least} or more")
-    ranks = choose_ranks(given.ranks)
     steps = given.warmup + given.steps
     recipe = load_recipe(given.config, [*given.set, f"train.steps={steps}"])
+    ranks = choose_ranks(given.ranks, recipe.parallel.model_parallel_size)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

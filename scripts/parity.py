@@ -89,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="default: one a GPU, and 2 without GPUs"
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="default: one a GPU, and 2 without GPUs; or else the fewest that the layout takes",
     )
     parser.add_argument(
         "--steps", type=int, default=5, metavar="K", help=f"1 to {MOST_STEPS}, default: 5"
@@ -111,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "the tolerances hold for no more"
             )
         recipe = load_recipe(given.config, [*given.set, f"train.steps={given.steps}"])
-        ranks = choose_ranks(given.ranks)
+        ranks = choose_ranks(given.ranks, recipe.parallel.model_parallel_size)
         out = given.out or ROOT / "runs" / "parity" / recipe.name
         return 0 if check(recipe, ranks, out, given.uneven_loss_weights) else EXIT_DIFFERENT
 

@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         micro_batches = numbers(given.micro_batches)
         recipe = load_recipe(given.config, given.set)
         check_pipeline(recipe)
-        one_pipeline = recipe.parallel.tensor * recipe.parallel.pipeline
+        one_pipeline = recipe.parallel.model_parallel_size
         ranks = choose_ranks(one_pipeline if given.ranks is None else given.ranks)
         out = given.out or ROOT / "runs" / "trace" / recipe.name
         right = show(recipe, ranks, micro_batches, given.steps, out)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch.optim.lr_scheduler import LambdaLR
 
 from launch.checkpoint.manifest import MANIFEST
 from launch.config.layout import Layout
@@ -183,6 +184,17 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     return changed
 
 
+def _set_learning_rate(schedule: LambdaLR) -> None:
+    """Set the next step's rate, which the saved one is not if the run now has more steps."""
+    rates = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
 def load(engine: DeepSpeedEngine, checkpoint: Path, ranks: RankInfo) -> None:
     """Restore the engine and random generators from `checkpoint`. Call `check` first.
 
@@ -200,6 +212,7 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, ranks: RankInfo) -> None:
         if loaded is None:
             raise UserError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")
         set_generator_states(torch.load(generators, weights_only=False))
+        _set_learning_rate(engine.lr_scheduler)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise

@@ -32,6 +32,18 @@ def canonical_names(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(inner.named_parameters())
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a model's state has beside parameters, by canonical name: the same tensors on every rank.
+
+    Only transformers models have some, for example the bias that balances DeepSeek-V3's experts.
+    """
+    if not is_hf(model):
+        return {}
+    parameters = {name for name, _ in model.model.named_parameters(remove_duplicate=False)}
+    state = model.model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in parameters}
+
+
 def is_hf(model: nn.Module) -> "TypeGuard[HFCausalLM]":
     """Whether a model is our wrapper around a transformers model.
 

@@ -11,7 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from launch.checkpoint.full_weights import canonical_names, full_weights, is_hf, whole_shapes
+from launch.checkpoint.full_weights import (
+    canonical_names,
+    full_weights,
+    is_hf,
+    persistent_buffers,
+    whole_shapes,
+)
 from launch.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +30,8 @@ INDEX = "model.safetensors.index.json"
 def save_weights(engine: DeepSpeedEngine, folder: Path, dtype: torch.dtype) -> list[Path]:
     """Write model*.safetensors in `dtype`, 5 GB per file. Rank 0 writes; all ranks must call this.
 
-    Holds the tensors of only one file in memory at a time. Returns the files' paths.
+    Persistent buffers keep their own dtype, and are in the last file. Holds the tensors of only one
+    file in memory at a time. Returns the files' paths.
 
     Raises:
         UserError: if the disk is full or not writable.
@@ -45,6 +52,12 @@ def save_weights(engine: DeepSpeedEngine, folder: Path, dtype: torch.dtype) -> l
     waiting = {file: {n for n, f in file_of.items() if f == file} for file in set(file_of.values())}
     held: dict[str, dict[str, Tensor]] = {file: {} for file in waiting}
     first = engine.global_rank == 0
+    buffers = {
+        name: b.to("cpu").contiguous() for name, b in persistent_buffers(engine.module).items()
+    }
+    last = max(waiting)
+    held[last] |= buffers
+    file_of |= dict.fromkeys(buffers, last)
     for name, tensor in full_weights(engine):
         file = file_of[name]
         if first:
@@ -80,17 +93,17 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no model*.safetensors here; the run has not finished")
-    missing = canonical_names(model)
+    missing: dict[str, Tensor] = {**canonical_names(model), **persistent_buffers(model)}
     for file in files:
         for name, tensor in load_file(file).items():
             parameter = missing.pop(name, None)
             if parameter is None or parameter.shape != tensor.shape:
                 raise UserError(
-                    f"{file}: {name} {list(tensor.shape)} is not a parameter of this model"
+                    f"{file}: {name} {list(tensor.shape)} is no parameter and no buffer of this model"
                 )
             with torch.no_grad():
                 parameter.copy_(tensor)
     if missing:
         raise UserError(
-            f"{folder}: {len(missing)} parameters are not in the files, first {next(iter(missing))}"
+            f"{folder}: {len(missing)} tensors are not in the files, first {next(iter(missing))}"
         )

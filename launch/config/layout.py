@@ -1,6 +1,5 @@
 """Batch arithmetic: how the global batch is split over ranks and accumulation steps."""
 
-import math
 from dataclasses import dataclass
 
 from launch.config.schema import Recipe
@@ -50,7 +49,7 @@ def plan_layout(recipe: Recipe, world_size: int) -> Layout:
         UserError: if something does not divide evenly; the message suggests values that do.
     """
     degrees = recipe.parallel.degrees()
-    model_size = math.prod(degrees.values())
+    model_size = recipe.parallel.model_parallel_size
     data, rest = divmod(world_size, model_size)
     if rest or not data:
         named = " x ".join(f"{axis} {degree}" for axis, degree in degrees.items())

@@ -1,5 +1,6 @@
 """The schema of a recipe: frozen, validated blocks; an unknown key is an error."""
 
+import math
 from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -116,6 +117,11 @@ class Parallel(_Block):
     def degrees(self) -> dict[str, int]:
         """The number of ranks along each axis of the grid except the data axis."""
         return {axis: getattr(self, axis) for axis in reversed(AXES) if axis != "data"}
+
+    @property
+    def model_parallel_size(self) -> int:
+        """The number of ranks that hold one copy of the model: the fewest that the recipe runs on."""
+        return math.prod(self.degrees().values())
 
 
 class Schedule(_Block):

@@ -19,7 +19,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from launch.config.schema import Data, Recipe
-from launch.data.sources import STDLIB, SourceFile, documents, local_files
+from launch.data.local_files import STDLIB, SourceFile, local_files
+from launch.data.sources import documents
 from launch.data.token_file import SplitWriter, TokenFile, write_documents
 from launch.data.tokenizer import Tokenizer, load_tokenizer
 from launch.errors import UserError
@@ -28,7 +29,7 @@ from launch.paths import ROOT
 if TYPE_CHECKING:
     pass
 
-FORMAT = 1  # increment when the same settings produce different tokens
+FORMAT = 2  # increment when the same settings produce different tokens
 TRAIN, HELD_OUT, META = "train.bin", "held_out.bin", "meta.json"
 
 
@@ -71,7 +72,7 @@ def prepare(data: Data, *, tokens_needed: int, say: Callable[[str], None] = prin
             full or not writable.
     """
     tokenizer = load_tokenizer(data.tokenizer)
-    files = local_files(data)
+    files = local_files(data, say)
     limit = tokens_needed if data.streaming and data.source != STDLIB else None
     cache = (
         ROOT / ".cache" / "data" if data.cache_dir is None else Path(data.cache_dir).expanduser()
@@ -95,9 +96,9 @@ def _fingerprint(
     content: Any = None
     if data.source == STDLIB:
         # No modification times: the key is the same on every machine with this Python.
-        content = [python_version(), [(f.key, f.path.stat().st_size) for f in files or []]]
+        content = [python_version(), [(f.key, f.stat().st_size) for f in files or []]]
     elif files is not None:
-        stats = [(file.key, file.path.stat()) for file in files]
+        stats = [(file.key, file.stat()) for file in files]
         content = [(key, stat.st_size, stat.st_mtime_ns) for key, stat in stats]
         del settings["source"]  # the list of files replaces it
     parts = [FORMAT, settings, tokenizer.identity, limit, content]

@@ -21,6 +21,10 @@ Ids: TypeAlias = npt.NDArray[np.int64]
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
 
+class HubError(UserError):
+    """The Hub does not give a tokenizer: a wrong name, no access, or no network."""
+
+
 class Tokenizer(Protocol):
     """The tokenizer interface."""
 
@@ -50,7 +54,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises:
         UserError: for a missing or unreadable file, a tokenizer without an end-of-document token,
-            or a Hub name that cannot be loaded.
+            or (HubError) a Hub name that cannot be loaded.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -135,7 +139,7 @@ class HubTokenizer:
         try:
             backend: transformers.PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # network, name, access, format: all end here
-            raise UserError(
+            raise HubError(
                 f"data.tokenizer: no file or folder is called '{name}', and the Hub does not give "
                 f"it: {_first_line(error)}; check the name and the network, or use 'bytes' or a "
                 "tokenizer.json"

@@ -30,6 +30,29 @@ def with_own_swap_folder(ds_config: dict[str, Any], run: Path) -> tuple[dict[str
     return config, sorted(set(folders))
 
 
+def make_parents(ds_config: dict[str, Any]) -> None:
+    """Make each `nvme_path`, so that one that cannot be made is told before ops are compiled.
+
+    Part of the workaround `with_own_swap_folder`.
+
+    Raises:
+        UserError: where a folder cannot be made.
+    """
+    for offload in offload_blocks(ds_config):
+        if offload.get("device") == "nvme":
+            _make(Path(offload["nvme_path"]), Path(offload["nvme_path"]))
+
+
+def _make(folder: Path, nvme_path: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"zero_optimization: nvme_path {nvme_path} is not writable ({error.strerror}); "
+            "set deepspeed.zero_optimization.offload_optimizer.nvme_path (and offload_param's)"
+        ) from None
+
+
 def make_empty(folders: list[Path]) -> None:
     """Make the folders, without what a killed run left in them. One rank on each host calls this.
 
@@ -40,13 +63,7 @@ def make_empty(folders: list[Path]) -> None:
     """
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"zero_optimization: nvme_path {folder.parent} is not writable ({error.strerror}); "
-                "set deepspeed.zero_optimization.offload_optimizer.nvme_path (and offload_param's)"
-            ) from None
+        _make(folder, folder.parent)
 
 
 def remove(folders: list[Path]) -> None:

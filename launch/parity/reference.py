@@ -1,11 +1,14 @@
 """Plain PyTorch on one device, without DeepSpeed: the reference that every layout must match.
 
 The code is simple enough to verify by reading: AdamW with decoupled decay (arXiv:1711.05101), the
-mean loss over the labels of the global batch, and clipping by the global norm. The loss is torch's
-own, computed from the model's logits; the layouts' loss code is not used.
+mean loss over the labels of the global batch, and clipping by the global norm. It shares no code
+with the layouts that can be wrong on both sides at once: the loss is torch's or transformers' own,
+the groups with and without weight decay are made here, and `reference_model.py` says which model
+runs. What it does share has tests of its own: the batches, the learning rate's schedule, the reading
+of the JSON, and a GPT's layers and initial weights.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +24,12 @@ from launch.ds_json.view import (
     optimizer_block,
     training_dtype,
 )
+from launch.parity.reference_model import is_pretrained_model
 from launch.training.lr_schedule import learning_rate_factor
-from launch.training.optimizer import parameter_groups
 from launch.training.train_step import StepResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -67,10 +73,10 @@ class Reference:
         self.masters = (
             [nn.Parameter(w.detach().float()) for w in self.weights] if self.mixed else self.weights
         )
-        groups = parameter_groups(model)
-        master_of = dict(zip(self.weights, self.masters, strict=True))
-        for group in groups:
-            group["params"] = [master_of[weight] for weight in group["params"]]
+        groups: list[dict[str, Any]] = [
+            {"params": [master for master in self.masters if master.dim() > 1]},
+            {"params": [master for master in self.masters if master.dim() <= 1], "weight_decay": 0},
+        ]
         kind, settings = optimizer_block(ds_config)
         self.learning_rate = float(settings["lr"])
         self.optimizer = OPTIMIZERS[kind.lower()](groups, settings)
@@ -125,7 +131,25 @@ class Reference:
 
 def _loss(model: nn.Module, batch: MicroBatch) -> Tensor:
     """The weighted sum of a micro batch's losses, in fp32."""
-    logits = model(batch.tokens, positions=batch.positions)
+    if is_pretrained_model(model):
+        return _loss_by_transformers(model, batch)
+    return _cross_entropy(model(batch.tokens, positions=batch.positions), batch)
+
+
+def _loss_by_transformers(model: "PreTrainedModel", batch: MicroBatch) -> Tensor:
+    """Its own mean loss times the labels that it is a mean of; with a router loss, if there is one."""
+    counted, weights = float(batch.labels.numel()), batch.loss_weights
+    labels = {"labels": batch.labels, "shift_labels": batch.labels}  # shifted already
+    output = model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False, **labels)
+    loss: Tensor = output.loss
+    if weights is None:
+        return loss * counted
+    # Its loss has no weights: the cross-entropy is replaced, and what was added to it stays.
+    mean = F.cross_entropy(output.logits.float().flatten(0, 1), batch.labels.flatten())
+    return _cross_entropy(output.logits, batch) + (loss - mean) * weights.sum()
+
+
+def _cross_entropy(logits: Tensor, batch: MicroBatch) -> Tensor:
     scores, labels = logits.float().flatten(0, 1), batch.labels.flatten()
     if batch.loss_weights is None:
         return F.cross_entropy(scores, labels, reduction="sum")

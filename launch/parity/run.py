@@ -115,10 +115,10 @@ def run_reference(plan: RunPlan) -> TrainingRecord:
 
     from launch.ds_json.view import training_dtype
     from launch.parity.reference import Reference
-    from launch.training.build_model import build_model
+    from launch.parity.reference_model import reference_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(plan.recipe, training_dtype(plan.ds_config), device)
+    model = reference_model(plan.recipe, training_dtype(plan.ds_config), device)
     reference = Reference(model, plan.ds_config, plan.recipe.train)
     steps = [reference.train_step(plan.batch(step)) for step in range(plan.recipe.train.steps)]
     weights = {name: tensor.cpu() for name, tensor in reference.full_weights().items()}

@@ -13,9 +13,11 @@ from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, HFModel, Recipe
+from launch.data.tokenizer import HubError, load_tokenizer
 from launch.paths import ROOT
 from launch.planner.memory import estimate
 from launch.planner.model_size import model_size
+from launch.training.setup import check_model
 
 if TYPE_CHECKING:
     from models.hf import HFCausalLM
@@ -61,6 +63,12 @@ def print_dry_run(recipe: Recipe, world_size: int) -> None:
     """Print the resolved recipe and JSON, layout, batch, parameters and memory; train nothing."""
     layout = plan_layout(recipe, world_size)
     ds_config = resolve(recipe, layout)
+    tokenizer, unknown = None, ""
+    try:
+        tokenizer = load_tokenizer(recipe.data.tokenizer)
+    except HubError as error:
+        unknown = str(error)
+    check_model(recipe, ds_config, tokenizer)
     if isinstance(recipe.model, HFModel) and layout.grid["tensor"] > 1:
         from launch.deepspeed_patches.autotp import check_plan
         from launch.ds_json.view import zero_stage
@@ -74,6 +82,8 @@ def print_dry_run(recipe: Recipe, world_size: int) -> None:
     print(f"# recipe {recipe.name}, resolved")
     print(yaml.safe_dump(recipe.model_dump(exclude={"name"}), sort_keys=False).rstrip())
     print(f"\n# DeepSpeed configuration, resolved\n{json.dumps(ds_config, indent=2)}")
+    if unknown:
+        print(f"\nnot checked whether the vocabulary is large enough: {unknown}")
     print(f"\nlayout: {layout.describe()}")
     print(f"parameters: {parameters:,} ({_short(parameters)})")
     if isinstance(recipe.model, GPTModel):

@@ -6,6 +6,7 @@ import multiprocessing.connection
 import os
 import random
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -19,8 +20,10 @@ SECONDS_TO_LEAVE = 10.0
 RANKS_WITHOUT_GPU = 2
 
 
-def choose_ranks(asked: int | None) -> int:
+def choose_ranks(asked: int | None, model_parallel_size: int = 1) -> int:
     """The number of ranks to start: `asked`, by default one per GPU, or two without GPUs.
+
+    If that default is no multiple of `model_parallel_size`, it is that size, and stderr says so.
 
     Raises:
         UserError: if `asked` is below one or above the number of GPUs.
@@ -29,6 +32,11 @@ def choose_ranks(asked: int | None) -> int:
 
     gpus = torch.cuda.device_count()
     ranks = (gpus or RANKS_WITHOUT_GPU) if asked is None else asked
+    if asked is None and ranks % model_parallel_size:
+        ranks = model_parallel_size
+        print(
+            f"--ranks: {ranks}, the fewest that the recipe's parallel block takes", file=sys.stderr
+        )
     if ranks < 1:
         raise UserError(f"--ranks: {ranks} is no number of ranks; use 1 or more")
     if gpus and ranks > gpus:

@@ -22,6 +22,7 @@ from launch.deepspeed_patches.jit_lock import is_held, load_built_op, wait_for_l
 from launch.ds_json.view import offload_device, optimizer_block, zero_stage
 from launch.errors import UserError
 from launch.paths import ROOT
+from launch.runtime.op_sources import compile_faster
 
 
 class _Op(NamedTuple):
@@ -38,7 +39,7 @@ OPS = {
     "fused_lamb": _Op("FusedLambBuilder", "about a minute"),
     "fused_lion": _Op("FusedLionBuilder", "about a minute"),
     "pin_memory": _Op("PinMemoryBuilder", "about half a minute"),
-    "async_io": _Op("AsyncIOBuilder", "about three minutes", first=("pin_memory",)),
+    "async_io": _Op("AsyncIOBuilder", "about a minute", first=("pin_memory",)),
 }
 # Optimizer in the JSON -> the op without and with optimizer offload (DeepSpeedEngine,
 # _configure_basic_optimizer); None if torch's own optimizer is used.
@@ -172,6 +173,8 @@ def _build(builder: Any, name: str, folder: Path, say: Callable[[str], None]) ->
             folder
         )  # built for another machine or version, which the build tool does not notice
     say(f"building {name} once, {OPS[name].minutes} ...")
+    if _on_cpu():
+        compile_faster(builder, folder)
     try:
         builder.load(verbose=False)
     except Exception as error:
@@ -181,6 +184,12 @@ def _build(builder: Any, name: str, folder: Path, say: Callable[[str], None]) ->
     partial = folder / f"{STAMP}.{os.getpid()}"
     partial.write_text(_built_for(name))
     partial.replace(folder / STAMP)
+
+
+def _on_cpu() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().device_name() == "cpu")
 
 
 def _remove(folder: Path) -> None:

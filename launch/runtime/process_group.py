@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from launch.errors import UserError
+from launch.runtime.rank_env import set_rank_env_from_launcher
 from launch.runtime.signals import end_with_launcher
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def prepare_environment() -> None:
 
     Without a launcher, the world size is 1. If the launcher is killed, its ranks exit too.
     """
-    set_rank_env_from_mpi()
+    set_rank_env_from_launcher()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -55,29 +56,6 @@ def prepare_environment() -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     threads = max(1, len(os.sched_getaffinity(0)) // local)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-
-
-def set_rank_env_from_mpi() -> None:
-    """Under plain mpirun, set RANK etc. from MPI's variables; else each world size would be 1.
-
-    `deepspeed --launcher openmpi` starts ranks this way.
-
-    Raises:
-        UserError: if the host and port of the rendezvous are not set.
-    """
-    if "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" not in os.environ:
-        return
-    for name, mpi in (
-        ("RANK", "RANK"), ("WORLD_SIZE", "SIZE"),
-        ("LOCAL_RANK", "LOCAL_RANK"), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-    ):  # fmt: skip
-        os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{mpi}"]
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"{' and '.join(missing)} not set: mpirun does not say where the ranks meet; add -x "
-            "MASTER_ADDR=<first host> -x MASTER_PORT=29500, or use scripts/submit.py --cluster openmpi"
-        )
 
 
 def init_process_group() -> RankInfo:
@@ -101,7 +79,8 @@ def init_process_group() -> RankInfo:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        # srun and others may show each rank its own GPU alone.
+        device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
     try:
         deepspeed.init_distributed(

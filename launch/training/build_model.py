@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.keep_in_fp32 import KEEP_IN_FP32_AUTO, keep_in_fp32_pattern
 from torch import nn
 
 from launch.config.schema import GPTModel, HFModel, Recipe
@@ -59,24 +60,48 @@ def build_model(
 def _build_hf(
     spec: HFModel, seed: int, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
-    from models.hf import HFCausalLM, from_config, from_pretrained, read_config
+    from models.hf import HFCausalLM, check_causal, from_config, from_pretrained, read_config
 
     try:
         config = read_config(spec.path, spec.changes)
         meta = torch.device(device).type == "meta"
         if spec.pretrained and not meta:
-            model = from_pretrained(spec.path, config).to(device=device, dtype=dtype)
+            model = from_pretrained(spec.path, config)
         else:
             # Always on the CPU: its generator draws the same numbers on every rank and in the
             # reference.
             torch.manual_seed(seed)
             with _new_parameters(torch.float32, "meta" if meta else "cpu"):
                 model = from_config(config)
-            model = model.to(device=device, dtype=dtype)
-        return HFCausalLM(model, spec.checkpoint_activations)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: {spec.path} is not usable: {reason}") from None
+        if not meta:
+            check_causal(model)
+        _cast_parameters(model, dtype)
+        return HFCausalLM(model.to(device), spec.checkpoint_activations)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any type: each model's own code checks its configuration
+        # A check's message is one line below its name.
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise UserError(
+            f"model.path: {spec.path} is not usable: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters only, as DeepSpeed's engine does: rotary frequencies are buffers in fp32.
+
+    Raises:
+        ValueError: if transformers keeps parameters of this model in fp32, which DeepSpeed does not.
+    """
+    pattern = keep_in_fp32_pattern(model, KEEP_IN_FP32_AUTO, dtype)
+    kept = [name for name, _ in model.named_parameters() if pattern and pattern.search(name)]
+    if kept:
+        raise ValueError(
+            f"transformers keeps {kept[0]} in fp32, and DeepSpeed would not; use "
+            "deepspeed.bf16.enabled=false deepspeed.torch_autocast.enabled=true"
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def build_partitioned(

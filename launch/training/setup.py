@@ -22,6 +22,7 @@ from launch.config.schema import GPTModel, Recipe
 from launch.data.batch import Batch, ValidationSet
 from launch.data.batches import Batches, Weights, load_batches, validation_set
 from launch.data.prepare import Corpus
+from launch.data.tokenizer import Tokenizer, load_tokenizer
 from launch.errors import UserError
 from launch.runtime.op_builder import build_ops, ops_needed, use_private_cache
 
@@ -80,19 +81,39 @@ def plan_run(
     layout = plan_layout(recipe, world_size)
     ds_config = resolve(recipe, layout)
     use_private_cache()
+    # First, as to tokenise a large text takes hours.
+    check_model(recipe, ds_config, load_tokenizer(recipe.data.tokenizer))
     corpus, batches = load_batches(recipe, say, weights)
-    _check_vocabulary(recipe, corpus)
     return RunPlan(recipe, layout, ds_config, corpus, batches)
 
 
-def _check_vocabulary(recipe: Recipe, corpus: Corpus) -> None:
-    if not isinstance(recipe.model, GPTModel):
-        return
-    vocab = recipe.model.shape.vocab
-    if corpus.tokenizer.vocab_size > vocab:
+def check_model(recipe: Recipe, ds_config: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+    """Check that the model can be built, and fits the tokenizer (if it is known) and the sequence.
+
+    Raises:
+        UserError: naming the key to change.
+    """
+    if isinstance(recipe.model, GPTModel):  # its context is checked with the recipe
+        vocab, key = recipe.model.shape.vocab, "model.vocab"
+    else:
+        from launch.ds_json.view import training_dtype
+        from launch.training.build_model import build_model
+        from models.hf import most_positions
+
+        model: Any = build_model(recipe, training_dtype(ds_config), "meta")
+        config, sequence = model.model.config, recipe.data.sequence_length
+        vocab, key = config.get_text_config().vocab_size, "model.changes.vocab_size"
+        positions = most_positions(config)
+        if positions is not None and sequence > positions:
+            raise UserError(
+                f"data.sequence_length: {sequence} is more than the {positions} positions that "
+                f"{recipe.model.path} was made for; lower it, or set "
+                f"model.changes.max_position_embeddings={sequence} to train more"
+            )
+    if tokenizer is not None and tokenizer.vocab_size > vocab:
         raise UserError(
-            f"data.tokenizer: {recipe.data.tokenizer} has {corpus.tokenizer.vocab_size} tokens, and the "
-            f"model's vocabulary is {vocab}; set model.vocab to at least the former"
+            f"data.tokenizer: {recipe.data.tokenizer} has {tokenizer.vocab_size} tokens, and the "
+            f"model's vocabulary is {vocab}; set {key} to at least the former"
         )
 
 
@@ -100,11 +121,13 @@ def join_ranks(plan: RunPlan, say: Callable[[str], None] = print) -> "tuple[Rank
     """Build the JSON's ops, connect the ranks, and create the grid's groups. Collective.
 
     Raises:
-        UserError: if an op cannot be built, or the ranks cannot connect.
+        UserError: if an op cannot be built, a swap folder cannot be made, or the ranks cannot connect.
     """
+    from launch.deepspeed_patches.nvme_folder import make_parents
     from launch.runtime.process_group import init_process_group
     from launch.training.engine import make_topology
 
+    make_parents(plan.ds_config)  # before minutes of compiling
     build_ops(ops_needed(plan.ds_config), say)
     return init_process_group(), make_topology(plan.recipe, plan.layout)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.paths import ROOT
 from tests.cluster.jobs import (
     AWKWARD,
     LAYOUTS,
@@ -105,6 +106,18 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     assert (job.run / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_plain_srun_starts_one_world(cluster: Cluster) -> None:
+    """Two nodes, of which nobody says where the ranks meet."""
+    file = write_yaml(cluster.folder / "srun.yaml", recipe_values(cluster, steps=2))
+    done = cluster.run(
+        ["srun", "--partition=gpu", "--nodes=2", "--ntasks=4", sys.executable, ROOT / "launch/train.py",
+         "--config", file, "--set", f"run.dir={cluster.folder}/srun", "train.global_batch_size=4"],
+        timeout=600,
+    )  # fmt: skip
+    assert done.code == 0, done.output
+    assert done.output.count("4 ranks = pipeline 1 x data 4 x tensor 1") == 1
+
+
 def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
     job = submit(
         cluster, "slurm", recipe(cluster, "cancel", steps=MANY), site(cluster, "plain"), gpus=1
@@ -184,6 +197,7 @@ def test_what_slurm_refuses_is_told_before_submission(
     assert "\njob: " not in ended.output
 
 
+@pytest.mark.matrix  # as on one host
 def test_a_port_in_use_is_told(cluster: Cluster) -> None:
     listen = "import socket, time; s = socket.create_server(('', 23456)); time.sleep(600)"
     other = cluster.start(["python3", "-c", listen], cluster.hosts[0])

@@ -1,18 +1,23 @@
 """What the config tests train: run in ranks of their own by `tests.ranks.run_ranks`."""
 
+import json
 import os
 from typing import Any
 
 STEPS = 8
+OPS = {"cpu_adam": "offload_optimizer", "async_io": '"nvme"'}
 
 
-def _start() -> None:
+def _start(config: dict[str, Any]) -> None:
     import deepspeed
 
     from launch.deepspeed_patches.startup import skip_shared_memory_op
+    from launch.runtime.op_builder import build_ops
 
     deepspeed.utils.logger.setLevel("ERROR")
     skip_shared_memory_op()
+    text = json.dumps(config)  # loaded, so that DeepSpeed compiles nothing here
+    build_ops([op for op, key in OPS.items() if key in text], print)
 
 
 def _allow_fp16_on_cpu(config: dict[str, Any]) -> None:
@@ -30,7 +35,7 @@ def train_raw(config: dict[str, Any], steps: int = STEPS) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    _start()
+    _start(config)
     _allow_fp16_on_cpu(config)
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -95,7 +100,7 @@ def train_with_trainer(config: dict[str, Any], folder: str, precision: str) -> d
     import torch
     from transformers import Trainer, TrainingArguments
 
-    _start()
+    _start(config)
     _allow_fp16_on_cpu({"fp16": {"enabled": precision == "fp16"}})
     settings: dict[str, Any] = {
         "output_dir": folder, "deepspeed": config, "max_steps": STEPS, "logging_steps": 1,
@@ -132,7 +137,7 @@ def train_with_accelerate(config: dict[str, Any], precision: str) -> dict[str, A
     from accelerate import Accelerator, DeepSpeedPlugin
     from torch.utils.data import DataLoader
 
-    _start()
+    _start(config)
     _allow_fp16_on_cpu({"fp16": {"enabled": precision == "fp16"}})
     plugin = DeepSpeedPlugin(hf_ds_config=config)
     accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=precision)

@@ -1,7 +1,5 @@
 """`family: hf` over tensor ranks, by DeepSpeed's AutoTP, equals one device without DeepSpeed."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,61 +7,18 @@ import pytest
 
 from launch.checkpoint.full_weights import unsharded_shape
 from launch.config.layout import plan_layout
-from launch.config.load import load_recipe, recipe_from_dict
+from launch.config.load import load_recipe
 from launch.config.resolve import resolve
-from launch.config.schema import Recipe
 from launch.deepspeed_patches.autotp import check_plan
 from launch.errors import UserError
 from launch.parity.run import TrainingRecord, run_layout
 from launch.planner.dry_run import print_dry_run
 from launch.training.build_model import meta_model
 from tests.parity.cases import NO_CLIP, Case, Workbench
+from tests.parity.hf_cases import MODELS, SIZES, HFCase
 from tests.parity.planting import plant
 from tests.ranks import run_ranks
 from tests.selection import representatives
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 16,
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "tie_word_embeddings": False},
-    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
-    # Norms of queries and keys, whole on every rank, see a shard of the heads.
-    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
-    # Biases of column-parallel layers are cut, of row-parallel ones whole.
-    "biases": {"model_type": "llama", "tie_word_embeddings": False, "attention_bias": True},
-    "uneven": {
-        "model_type": "llama", "tie_word_embeddings": False, "vocab_size": 321,
-        "hidden_size": 48, "intermediate_size": 49, "num_attention_heads": 6, "num_key_value_heads": 3,
-    },
-    "one_key": {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 1},
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HFCase(Case):
-    """A tiny recipe's layout, with a transformers model in the place of ours."""
-
-    model: str = "llama"
-    tensor: int = 2
-
-    @property
-    def name(self) -> str:
-        """For pytest's list."""
-        return f"{self.stem}-{self.ranks}-{self.precision}-{self.model}"
-
-    def recipe(self, folder: Path, changes: dict[str, Any] | None = None) -> Recipe:
-        """The tiny recipe with this model, over `tensor` ranks."""
-        file = folder / f"{self.model}.json"
-        file.write_text(json.dumps(SIZES | MODELS[self.model]))
-        values = super().recipe(folder, changes).model_dump()
-        values["model"] = {
-            "family": "hf", "path": str(file), "checkpoint_activations": self.checkpoint_activations
-        }  # fmt: skip
-        values["parallel"]["tensor"] = self.tensor
-        return recipe_from_dict(values)
 
 
 def _run(fault: str, values: dict[str, Any], scratch: Path, uneven: bool) -> TrainingRecord:

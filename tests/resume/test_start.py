@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from, and which it rejects."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,11 @@ def test_a_finished_run_and_more_steps(tmp_path: Path) -> None:
 
     recipe["train"]["steps"] = 7
     train(recipe, resume=str(run / "checkpoints/step_00000004"), ranks=1)
-    assert [r["step"] for r in steps_logged(run) if "loss" in r] == [1, 2, 3, 4, 5, 6, 7]
+    steps = [record for record in steps_logged(run) if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6, 7]
+    # A cosine from 1e-2 after step 4 to 1e-3 at step 7, and not at once the end of the shorter one.
+    rates = [0.01 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 3))) for i in (1, 2, 3)]
+    assert [record["learning_rate"] for record in steps[4:]] == pytest.approx(rates)
     assert [p.name for p in sorted((run / "checkpoints").glob("step_*"))] == [
         "step_00000006",
         "step_00000007",

@@ -102,11 +102,11 @@ def test_every_kind_of_layout_is_killed_and_resumed() -> None:
 
 def test_every_launcher_and_every_way_to_end_is_tried_on_clusters() -> None:
     tests = [
-        test for name, test in vars(test_hosts).items()
-        if name.startswith("test_") and any(m.args[0] == "kind" for m in vars(test).get("pytestmark", ()))
+        test for name, test in vars(test_hosts).items() if name.startswith("test_")
+        if [mark.args[:1] for mark in vars(test).get("pytestmark", ())] == [("kind",)]
     ]  # fmt: skip
-    assert len(tests) == 4
+    assert len(tests) == 3
     assert {kind for test in tests for kind in firsts(test)} == set(LAUNCHERS)
     assert len(firsts(test_slurm.test_two_nodes_train_what_one_host_trains)) == 1
     sent = firsts(test_slow_links.test_a_step_sends_what_the_tables_of_traffic_say)
-    assert sent == ["ZeRO-1", "pipeline 2"]
+    assert sent == ["ZeRO-1"]

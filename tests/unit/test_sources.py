@@ -1,17 +1,23 @@
+import bz2
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import zstandard
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
 
 from launch.config.schema import Data
-from launch.data.sources import documents, local_files
+from launch.data.local_files import local_files
+from launch.data.sources import documents
 from launch.errors import UserError
 from launch.paths import ROOT
 
@@ -222,16 +228,19 @@ def test_a_hub_set_is_read_by_subset_split_and_field(tmp_path: Path, streaming: 
 
 
 def test_another_process_finds_the_same_documents(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
     for name in ("b", "a", "c"):
-        (tmp_path / f"{name}.txt").write_text(name)
+        (corpus / f"{name}.txt").write_text(name)
     code = (
-        "import sys; from pathlib import Path; from launch.data.sources import *\n"
+        "import sys; from pathlib import Path\n"
+        "from launch.data.local_files import *; from launch.data.sources import *\n"
         "data = Data(source=sys.argv[1], sequence_length=8)\n"
         "print(list(documents(data, local_files(data), Path(sys.argv[2]))))"
     )
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path), str(tmp_path / f"copies{seed}")],
+            [sys.executable, "-c", code, str(corpus), str(tmp_path / f"copies{seed}")],
             env=os.environ | {"PYTHONHASHSEED": str(seed)},
             cwd=ROOT,
             check=True,
@@ -240,3 +249,73 @@ def test_another_process_finds_the_same_documents(tmp_path: Path) -> None:
         for seed in (1, 2)
     }
     assert len(outputs) == 1
+
+
+@both
+def test_json_csv_and_tsv_have_a_document_a_row(tmp_path: Path, streaming: bool) -> None:
+    write_jsonl(tmp_path / "array.json", [[{"text": "a", "n": 1}, {"text": "b"}]])
+    write_jsonl(tmp_path / "lines.json", [{"text": "c"}, {"text": "d", "n": 1}])
+    (tmp_path / "x.csv").write_text('n,text\n1,"e, with\na line"\n2,NA\n')
+    (tmp_path / "y.tsv").write_text("n\ttext\n1\tf, g\n")
+    assert list(read(tmp_path, str(tmp_path), streaming=streaming).values()) == [
+        "a", "b", "c", "d", "e, with\na line", "NA", "f, g",
+    ]  # fmt: skip
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress,
+}  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_files_are_read(tmp_path: Path, suffix: str, streaming: bool) -> None:
+    rows = b'{"text": "one"}\n{"text": "two"}\n'
+    for name, content in (("a.txt", b"plain"), ("b.jsonl", rows), ("c.csv", b"text\nthree\n")):
+        (tmp_path / f"{name}.{suffix}").write_bytes(COMPRESSORS[suffix](content))
+    assert list(read(tmp_path, str(tmp_path), streaming=streaming).values()) == [
+        "plain", "one", "two", "three",
+    ]  # fmt: skip
+
+
+@both
+def test_suffixes_in_capitals_links_to_folders_and_blank_documents(
+    tmp_path: Path, streaming: bool
+) -> None:
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "corpus"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (elsewhere / "A.TXT").write_text("far", encoding="utf-8-sig")
+    (elsewhere / "back").symlink_to(folder)  # a circle
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "b.JSONL").write_text('{"text": "near"}\n{"text": "  \\n"}\n')
+    (folder / "blank.txt").write_text(" \n\n")
+    assert read(tmp_path, str(folder), streaming=streaming) == {
+        "corpus/b.JSONL:0": "near", "corpus/link/A.TXT": "far",
+    }  # fmt: skip
+
+
+def test_what_a_folder_holds_besides_is_named(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.pdf", "c.PDF", "notes", "README.md", "LICENSE", "d.parquet.gz"):
+        (tmp_path / name).write_text("x")
+    said: list[str] = []
+    files = local_files(Data(source=str(tmp_path), sequence_length=8), said.append)
+    assert files is not None and [file.path.name for file in files] == ["a.txt"]
+    assert said == [
+        f"data.source: 6 files of {tmp_path} are not read: 1 x .PDF, 1 x .gz, 1 x .pdf, 1 x LICENSE, "
+        "1 x README.md, 1 x notes"
+    ]
+    named = local_files(Data(source=str(tmp_path / "README.md"), sequence_length=8))
+    assert named is not None and len(named) == 1  # asked for by name
+
+
+def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "no such file")
+    with pytest.raises(UserError, match=r"gone\.txt is not readable \(No such file"):
+        read(tmp_path, str(tmp_path))
+
+
+def test_a_row_without_the_field_is_named_by_its_line(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}, {"txt": "b"}])
+    with pytest.raises(UserError, match=r"x\.jsonl line 2 has no 'text'; did you mean 'txt'"):
+        read(tmp_path, file)

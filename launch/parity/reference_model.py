@@ -1,0 +1,51 @@
+"""The reference's model.
+
+For family hf, it is transformers' own: configuration, weights, dtypes and forward pass come from
+`from_pretrained`, and nothing of `models/hf.py` or `launch/training/build_model.py` is used. A GPT
+is built by the code that it is to check; `tests/unit/test_gpt.py` compares it with transformers.
+"""
+
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import nn
+
+from launch.config.schema import HFModel, Recipe
+from launch.training.build_model import build_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def reference_model(recipe: Recipe, dtype: torch.dtype, device: str) -> nn.Module:
+    """A recipe's model with its initial weights: a GPT, or a PreTrainedModel without a wrapper."""
+    if isinstance(recipe.model, HFModel):
+        model: nn.Module = _as_transformers_loads_it(recipe.model, recipe.train.seed, dtype)
+        return model.to(device).train()
+    return build_model(recipe, dtype, device)
+
+
+def is_pretrained_model(model: nn.Module) -> "TypeGuard[PreTrainedModel]":
+    """Whether a model is transformers' own; does not import transformers, which takes seconds."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    return loaded is not None and isinstance(model, loaded.PreTrainedModel)
+
+
+def _as_transformers_loads_it(spec: HFModel, seed: int, dtype: torch.dtype) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def load(path: str) -> "PreTrainedModel":
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype
+        )
+        return model
+
+    config: Any = AutoConfig.from_pretrained(spec.path, **spec.changes)
+    if spec.pretrained:
+        return load(spec.path)
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        return load(folder)
