@@ -53,12 +53,12 @@ CASES: list[tuple[str, str, Any, Any]] = [
      zero(2, reduce_bucket_size="big"), zero(2, reduce_bucket_size=5e8)),
     ("wrong-value", "zero_optimization.offload_optimizer.device",
      zero(2, offload_optimizer={"device": "gpu"}), zero(2, offload_optimizer=CPU)),
-    ("wrong-value", "zero_optimization", config({"zero_optimization": None})
+    ("old-form", "zero_optimization", config({"zero_optimization": None})
      | {"zero_optimization": True}, zero(1)),
     ("wrong-value", "bf16", config({"bf16": None}) | {"bf16": True}, CLEAN),
-    ("wrong-value", "gradient_clipping", config({"gradient_clipping": -1}),
+    ("unchecked-value", "gradient_clipping", config({"gradient_clipping": -1}),
      config({"gradient_clipping": 0})),
-    ("wrong-value", "train_micro_batch_size_per_gpu",
+    ("unchecked-value", "train_micro_batch_size_per_gpu",
      config({"train_micro_batch_size_per_gpu": True}), CLEAN),
     ("wrong-value", "data_types.grad_accum_dtype",
      config({"data_types": {"grad_accum_dtype": "single"}}), CLEAN),
