@@ -97,10 +97,9 @@ def optimizer_type(facts: Facts) -> Iterator[Finding]:
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     lower, key = facts.optimizer.lower(), "optimizer.type"
-    if "optimizer" in facts.config and block(facts.config, "optimizer").get("type") is None:
-        if isinstance(facts.config["optimizer"], dict):
-            yield error(key, "no-effect", "without it DeepSpeed ignores the block; name one")
-        return
+    given = facts.config.get("optimizer")
+    if isinstance(given, dict) and given.get("type") is None:
+        yield error(key, "no-effect", "without it DeepSpeed ignores the block; name one")
     if not lower:
         return
     if lower in _REMOVED:

@@ -120,6 +120,17 @@ def _ranks_operation(facts: Facts) -> Iterator[Finding]:
         yield error("gradient_allreduce_op", "forbidden", '"sum" does not work at stage 3')
 
 
+def _own_accumulation(facts: Facts) -> Iterator[Finding]:
+    if facts.config.get("managed_gradient_accumulation", True):
+        return
+    if switched_on(facts.zero.get("overlap_comm")) and facts.below(2):
+        message = "does not go with managed_gradient_accumulation: false below stage 2"
+        yield error("zero_optimization.overlap_comm", "forbidden", message)
+    if switched_on(block(facts.config, "compile").get("deepcompile")):
+        message = "does not go with managed_gradient_accumulation: false"
+        yield error("compile.deepcompile", "forbidden", message)
+
+
 def _hugging_face(facts: Facts) -> Iterator[Finding]:
     if not facts.hf:
         return
@@ -163,5 +174,6 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _clipping,
     _batch,
     _ranks_operation,
+    _own_accumulation,
     _hugging_face,
 )

@@ -42,10 +42,8 @@ def _no_object(path: str, value: Any) -> Iterator[Finding]:
 
 
 def _judged(path: str, value: Any, kind: str) -> Finding:
-    article = "an" if kind.startswith("object") else "a"
-    message = (
-        f"{shown(value)} should be {kind if kind.startswith('one of') else f'{article} {kind}'}"
-    )
+    article = "" if kind.startswith("one of") else "an " if kind.startswith("object") else "a "
+    message = f"{shown(value)} should be {article}{kind}"
     if refusal(_only(path, value), keep=path):
         return error(path, "wrong-value", message)
     return error(path, "unchecked-value", f"{message}; DeepSpeed itself does not check that")
@@ -121,15 +119,14 @@ def _without_auto(block: dict[str, Any]) -> dict[str, Any]:
 def ask_deepspeed(config: dict[str, Any], reported: set[str]) -> Iterator[Finding]:
     """What DeepSpeed refuses beyond all rules; `reported` holds the top-level keys with errors."""
     asked = {key: value for key, value in config.items() if key not in reported}
-    if refusal(asked) is None:
+    whole_problem = refusal(asked)
+    if whole_problem is None:
         return
-    found = False
-    for key, value in asked.items():
-        if problem := refusal({key: value}):
-            found = True
-            yield error(key, "wrong-value", f"DeepSpeed refuses it: {in_words(problem)}")
-    if not found and (problem := refusal(asked)):
-        yield error("", "refused", f"DeepSpeed refuses the whole: {in_words(problem)}")
+    single = {key: problem for key in asked if (problem := refusal({key: asked[key]}))}
+    for key, problem in single.items():
+        yield error(key, "wrong-value", f"DeepSpeed refuses it: {in_words(problem)}")
+    if not single:
+        yield error("", "refused", f"DeepSpeed refuses the whole: {in_words(whole_problem)}")
 
 
 def is_number(value: Any) -> bool:

@@ -77,6 +77,7 @@ _DTYPE_NAMES = {
     "bf16": "bf16", "bfloat16": "bf16", "torch.bfloat16": "bf16",
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
 }  # fmt: skip
+_OLD_OFFLOAD = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}
 _YES = {"1", "on", "t", "true", "y", "yes"}
 
 
@@ -132,7 +133,10 @@ def offload_blocks(ds_config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def offload_device(ds_config: dict[str, Any], name: str) -> str:
     """The device of `offload_optimizer` or `offload_param`: "none", "cpu" or "nvme"."""
-    device = block(zero_block(ds_config), name).get("device")
+    zero = zero_block(ds_config)
+    device = block(zero, name).get("device")
+    if name not in zero and switched_on(zero.get(_OLD_OFFLOAD[name])):
+        device = "cpu"
     return device if isinstance(device, str) else "none"
 
 

@@ -41,7 +41,7 @@ def _start(config: dict[str, Any]) -> None:
         _config=parsed,
         client_optimizer=None,
         client_lr_scheduler=None,
-        pipeline_parallelism="pipeline" in config,
+        pipeline_parallelism=False,  # by the model, not by the config
         has_moe_layers=False,
         global_rank=0,
         zenflow=False,
