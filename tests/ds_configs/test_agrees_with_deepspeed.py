@@ -215,9 +215,13 @@ def test_they_agree_on_every_key(base: dict[str, Any]) -> None:
             assert disagreement(config) == "", (path, value)
 
 
-def test_the_list_of_exceptions_has_no_others() -> None:
-    """Each rule that is stricter is one that the linter has."""
-    rules = {rule for rule, _ in STRICTER}
-    assert too_strict(Finding("bf16", "error", "two-precisions", ""))
-    assert not too_strict(Finding("bf16", "warning", "two-precisions", ""))
-    assert {"refused", "removed"}.isdisjoint(rules)
+def test_a_disagreement_in_either_direction_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Finding] = []
+    monkeypatch.setattr(f"{__name__}.lint", lambda config, world_size: said)
+    _, wrong = REFUSED[0]
+    assert disagreement(wrong).startswith("passes: ValueError: Invalid communication_data_type")
+    said.append(Finding("bf16", "warning", "two-precisions", ""))
+    assert disagreement(wrong) and not disagreement(TAKEN[0])
+    said.append(Finding("bf16", "error", "two-precisions", ""))
+    assert not disagreement(wrong) and "bf16" in disagreement(TAKEN[0])
+    assert {"refused", "removed"}.isdisjoint(rule for rule, _ in STRICTER)
