@@ -12,6 +12,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
 
+from launch.errors import explain_missing_packages
+
+explain_missing_packages()
+
 import argparse
 import json
 from collections.abc import Sequence

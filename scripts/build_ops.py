@@ -5,6 +5,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
 
+from launch.errors import explain_missing_packages
+
+explain_missing_packages()
+
 import argparse
 import time
 

@@ -4,12 +4,17 @@ python scripts/check_config.py my_config.json other_folder/
 """
 
 import argparse
+import io
 import json
 import os
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
+
+from launch.errors import explain_missing_packages
+
+explain_missing_packages()
 
 # The linter reads DeepSpeed's keys and needs no device; if this is unset, DeepSpeed probes for one
 # and prints to stdout.
@@ -37,6 +42,8 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="fail on warnings too")
     parser.add_argument("--json", action="store_true", help="print a JSON list of findings")
     options = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for keys that a terminal cannot show
     found: list[tuple[Path, Finding]] = []
     files = [file for name in options.files for file in _expand(Path(name))]
     for file in files:

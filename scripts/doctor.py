@@ -14,6 +14,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
 
+from launch.errors import explain_missing_packages
+
+explain_missing_packages()
+
 import argparse
 import json
 import os
@@ -25,24 +29,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-try:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-    from launch.doctor import probe
-    from launch.doctor.checks import CheckResult, check_host, check_together
-    from launch.doctor.remote_probe import facts_of_host, framework_of_host, question, shared_token
-    from launch.doctor.torch_check import check_framework
-    from launch.errors import UserError
-    from launch.paths import ROOT
-    from launch.runtime.failures import one_line_errors
-    from launch.runtime.ssh import read_hostfile
-except ModuleNotFoundError as lacking:
-    sys.exit(
-        f"error: {sys.executable} has no {lacking.name}; run: make setup, then: "
-        ".venv/bin/python scripts/doctor.py"
-    )
+from launch.doctor import probe
+from launch.doctor.checks import CheckResult, check_host, check_together
+from launch.doctor.remote_probe import facts_of_host, framework_of_host, question, shared_token
+from launch.doctor.torch_check import check_framework
+from launch.errors import UserError
+from launch.paths import ROOT
+from launch.runtime.failures import one_line_errors
+from launch.runtime.ssh import read_hostfile
 
 NOT_MEASURED = CheckResult("warn", "network", "not measured", "fix the FAILs first")
 COLORS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}

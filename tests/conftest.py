@@ -29,7 +29,9 @@ os.environ["MPLBACKEND"] = "Agg"
 use_private_cache()
 
 _caches = tempfile.TemporaryDirectory(prefix="test-caches-")
-for name in ("HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR"):
+for name in (
+    "HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR", "HYPOTHESIS_STORAGE_DIRECTORY",
+):  # fmt: skip
     os.environ[name] = str(Path(_caches.name, name.lower()))
 # Launchers leave folders behind, and so does whatever a test kills: theirs goes with this one.
 os.environ["TMPDIR"] = str(Path(_caches.name, "tmp"))

@@ -1,7 +1,8 @@
 """What the linter of DeepSpeed configs reports."""
 
+import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Level = Literal["error", "warning"]
 
@@ -26,7 +27,9 @@ class Finding:
     def line(self) -> str:
         """`level: key: message [rule]`."""
         where = f"{self.key}: " if self.key else ""
-        return f"{self.level}: {where}{self.message} [{self.rule}]"
+        line = f"{self.level}: {where}{self.message} [{self.rule}]"
+        # A key may hold a line break, or half a character.
+        return line if line.isprintable() else json.dumps(line)[1:-1]
 
     def as_dict(self) -> dict[str, str]:
         """Plain values, for JSON output."""
@@ -41,3 +44,15 @@ def error(key: str, rule: str, message: str) -> Finding:
 def warning(key: str, rule: str, message: str) -> Finding:
     """A finding worth knowing."""
     return Finding(key, "warning", rule, message)
+
+
+_SHOWN = 80
+
+
+def shown(value: Any) -> str:
+    """A value of a JSON for a message: short, and as the JSON has it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -12,19 +12,19 @@ from typing import Any, get_args
 Tree = dict[str, Any]
 """Key -> the tree of the block below it, or None if anything may follow."""
 
-# Top-level values that are not blocks, and their expected types.
+# Top-level values that are not blocks, and their expected kinds, which `values.py` defines.
 SCALARS: dict[str, str] = {
-    "train_batch_size": "positive integer",
-    "train_micro_batch_size_per_gpu": "positive integer",
-    "gradient_accumulation_steps": "positive integer",
+    "train_batch_size": "positive whole number or null",
+    "train_micro_batch_size_per_gpu": "positive whole number or null",
+    "gradient_accumulation_steps": "positive whole number or null",
     "managed_gradient_accumulation": "boolean",
-    "steps_per_print": "positive number",
+    "steps_per_print": "positive number or null",
     "gradient_clipping": "number from 0",
     "prescale_gradients": "boolean",
     "gradient_predivide_factor": "positive number",
-    "gradient_allreduce_op": "text",
-    "communication_data_type": "text",
-    "seq_parallel_communication_data_type": "text",
+    "gradient_allreduce_op": "one of mean, sum",
+    "communication_data_type": "one of fp32, fp16, bf16 or null",
+    "seq_parallel_communication_data_type": "one of fp32, fp16, bf16 or null",
     "zero_allow_untested_optimizer": "boolean",
     "zero_force_ds_cpu_optimizer": "boolean",
     "disable_allgather": "boolean",
@@ -34,11 +34,43 @@ SCALARS: dict[str, str] = {
     "memory_breakdown": "boolean",
     "dataloader_drop_last": "boolean",
     "use_data_before_expert_parallelism": "boolean",
-    "vocabulary_size": "positive integer",
-    "log_level": "text",
+    "vocabulary_size": "positive whole number or null",
+    "log_level": "one of debug, info, warning, error, critical or null",
     "sequence_parallel_size": "positive integer",
     "data_parallel_size": "positive integer",
 }
+
+# Kinds of values in blocks that no pydantic model checks. What is not listed may be anything.
+_IN_BLOCKS = {
+    "boolean": "activation_checkpointing.partition_activations "
+    "activation_checkpointing.contiguous_memory_optimization "
+    "activation_checkpointing.synchronize_checkpoint_boundary "
+    "activation_checkpointing.cpu_checkpointing activation_checkpointing.profile "
+    "aio.single_submit aio.overlap_events aio.use_gds "
+    "autotuning.enabled autotuning.fast autotuning.overwrite "
+    "checkpoint.load_universal checkpoint.use_node_local_storage "
+    "checkpoint.checkpoint_serialization checkpoint.parallel_write.pipeline_stage "
+    "checkpoint.writer.io_buffer_double checkpoint.writer.show_statistics "
+    "checkpoint.writer.decoupled data_efficiency.enabled "
+    "flops_profiler.enabled flops_profiler.detailed optimizer.legacy_fusion "
+    "pipeline.seed_layers pipeline.pipe_partitioned pipeline.grad_partitioned "
+    "pipeline.use_reentrant torch_autocast.enabled",
+    "positive integer": "aio.block_size aio.queue_depth aio.intra_op_parallelism "
+    "checkpoint.writer.io_buffer_size flops_profiler.profile_step flops_profiler.top_modules",
+    "positive integer or null": "activation_checkpointing.number_checkpoints",
+    "number from 0": "flops_profiler.recompute_fwd_factor",
+    "text": "autotuning.results_dir autotuning.exps_dir pipeline.partition",
+    "text or null": "flops_profiler.output_file optimizer.type scheduler.type",
+    "one of Warn, Ignore, Fail": "checkpoint.tag_validation",
+    "one of fast, python, mock or null": "checkpoint.writer.type",
+    "one of replica, socket, machine or null": "checkpoint.writer.data_parallel",
+    "16-bit dtype (bf16 or fp16)": "torch_autocast.dtype",
+    "dtype (bf16, fp16 or fp32) or null": "data_types.grad_accum_dtype data_types.param_dtype "
+    "data_types.buffer_dtype",
+    "object {...} or null": "optimizer.params",
+    "list of names": "torch_autocast.lower_precision_safe_modules data_types.keep_in_fp32_modules",
+}
+KINDS = {**SCALARS, **{key: kind for kind, keys in _IN_BLOCKS.items() for key in keys.split()}}
 
 
 def _keys(text: str) -> Tree:
@@ -182,19 +214,3 @@ def removed() -> dict[str, str]:
     top: dict[str, str] = config._REMOVED_TOP_LEVEL_CONFIG_KEYS
     zero: dict[str, str] = config._REMOVED_ZERO_CONFIG_KEYS
     return {**top, **{f"zero_optimization.{key}": text for key, text in zero.items()}}
-
-
-def adam_parameters(torch_adam: bool, offloaded: bool) -> set[str]:
-    """Valid keys of optimizer.params for Adam and AdamW, given the class that DeepSpeed picks."""
-    import torch
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-
-    # Consumed by the engine; the class gets the rest.
-    own = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
-    if torch_adam:
-        chosen: Any = torch.optim.AdamW
-    else:
-        chosen = DeepSpeedCPUAdam if offloaded else FusedAdam
-        own.remove("foreach")
-    names = set(inspect.signature(chosen.__init__).parameters)
-    return (names - {"self", "params", "model_params", "adamw_mode"}) | own

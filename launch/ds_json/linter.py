@@ -1,16 +1,19 @@
 """A linter for DeepSpeed JSON: finds settings that DeepSpeed 0.19.8 rejects, ignores or misreads.
 
-`lint` works on any config, ours or not. This file walks the keys; the semantic rules are in
-`rules.py` and `zero_rules.py`, and the key table is in `keys.py`.
+`lint` works on any config, ours or not. This file walks the keys; `values.py` checks single values,
+the rules about several are in the modules called `rules` or `*_rules`, and the table of keys is in
+`keys.py`.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from launch.ds_json import keys as ds_keys
-from launch.ds_json.finding import Finding, error
+from launch.ds_json.finding import Finding, error, warning
+from launch.ds_json.optimizer_rules import OPTIMIZER_RULES
 from launch.ds_json.rules import RULES
+from launch.ds_json.schedule_rules import SCHEDULE_RULES
+from launch.ds_json.values import ask_deepspeed, check_values
 from launch.ds_json.view import Facts
 from launch.ds_json.zero_rules import STAGE_RULES
 from launch.errors import nearest
@@ -36,10 +39,23 @@ HF_FILLS = {
     "zero_optimization.reduce_bucket_size", "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.stage3_param_persistence_threshold",
 }  # fmt: skip
+# Filled in by Accelerate's plugin, which Trainer uses too, from its own settings or defaults.
+_PLUGIN_FILLS = {
+    "zero_optimization.stage": "2",
+    "zero_optimization.offload_optimizer.device": "none",
+    "zero_optimization.offload_optimizer.nvme_path": "none",
+    "zero_optimization.offload_param.device": "none",
+    "zero_optimization.offload_param.nvme_path": "none",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "false",
+}
+# JSON has no comments; what begins like this is one, where DeepSpeed ignores what it does not know.
+_COMMENT = ("_", "//")
+# Far above any config, and far below what Python's stack can hold.
+_DEEPEST = 50
 
 
 def lint(config: Any, *, hf: bool = False, world_size: int | None = None) -> list[Finding]:
-    """Lint a DeepSpeed config; errors come first.
+    """Lint a DeepSpeed config; errors come first. Never raises, whatever the JSON holds.
 
     Args:
         config: the parsed JSON.
@@ -48,18 +64,40 @@ def lint(config: Any, *, hf: bool = False, world_size: int | None = None) -> lis
     """
     if not isinstance(config, dict):
         return [error("", "not-an-object", "a DeepSpeed config is a JSON object {...}")]
+    if _deeper_than(config, _DEEPEST):
+        return [error("", "too-deep", f"nested more than {_DEEPEST} deep, which no config is")]
+    values = list(check_values(config))
+    wrong = {finding.key for finding in values}
+    facts = Facts.read(config, hf=hf, world_size=world_size, wrong=wrong)
+    rules = (*RULES, *STAGE_RULES, *OPTIMIZER_RULES, *SCHEDULE_RULES)
+    found = [finding for rule in rules for finding in rule(facts)]
     findings = [
         *_walk_unknown(config, ds_keys.tree(), ""),
         *_autos(config, hf),
-        *_scalars(config),
-        *_blocks(config),
+        *values,
+        # What is wrong in itself is reported once.
+        *(finding for finding in found if not _lies_in(finding.key, wrong)),
     ]
-    facts = Facts.read(config, hf=hf, world_size=world_size)
-    # Values are checked first, so that rules can assume blocks are objects and numbers are numbers.
-    if facts is not None and not any(f.rule == "wrong-value" for f in findings):
-        for rule in (*RULES, *STAGE_RULES):
-            findings += rule(facts)
+    reported = {f.key.split(".")[0] for f in findings if f.level == "error"}
+    findings += ask_deepspeed(config, reported)
     return sorted(findings, key=lambda finding: (finding.level != "error", finding.key))
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    layer = [value]
+    for _ in range(levels):
+        layer = [
+            below
+            for each in layer
+            if isinstance(each, dict | list)
+            for below in (each.values() if isinstance(each, dict) else each)
+        ]
+    return any(isinstance(each, dict | list) for each in layer)
+
+
+def _lies_in(key: str, wrong: set[str]) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[: end + 1]) in wrong for end in range(len(parts)))
 
 
 def leaves(block: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -78,14 +116,15 @@ def _walk_unknown(block: dict[str, Any], valid: ds_keys.Tree, path: str) -> Iter
             words = " ".join(ds_keys.removed()[here].split())
             yield error(here, "removed", words)
         elif key not in valid:
+            if key.startswith(_COMMENT) and not _is_strict(path):
+                continue
             yield _unknown(key, here, valid, path)
         elif isinstance(value, dict) and valid[key] is not None:
             yield from _walk_unknown(value, valid[key], here)
 
 
 def _unknown(key: str, here: str, valid: ds_keys.Tree, path: str) -> Finding:
-    strict = any(path == name or path.startswith(f"{name}.") for name in ds_keys.models())
-    fate = "DeepSpeed rejects it" if strict else "DeepSpeed ignores it without a word"
+    fate = "DeepSpeed rejects it" if _is_strict(path) else "DeepSpeed ignores it without a word"
     hint = nearest(key, valid)
     if not hint:
         homes = [parent for parent, name in _all_keys() if name == key and parent != path]
@@ -93,6 +132,10 @@ def _unknown(key: str, here: str, valid: ds_keys.Tree, path: str) -> Finding:
             home = homes[0] or "the top level"
             hint = f"; it belongs in {home}"
     return error(here, "unknown-key", f"unknown key; {fate}{hint}")
+
+
+def _is_strict(path: str) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in ds_keys.models())
 
 
 def _all_keys() -> Iterator[tuple[str, str]]:
@@ -107,94 +150,22 @@ def _all_keys() -> Iterator[tuple[str, str]]:
 
 def _autos(config: dict[str, Any], hf: bool) -> Iterator[Finding]:
     for key, value in leaves(config):
-        if value != "auto" or key.startswith(_OWN_AUTO):
+        if value != "auto" or key.startswith((*_OWN_AUTO, *_COMMENT)):
             continue
         if not hf:
+            fate = "drops it and takes its default" if _is_strict(key) else "stops at it"
+            fate += ", which trains in fp32" if key in ("bf16.enabled", "fp16.enabled") else ""
             message = (
-                '"auto" is for Hugging Face; DeepSpeed itself drops a nested one and takes its '
-                "default (bf16.enabled: fp32), and fails on others; write the value, or check "
-                "with --hf"
+                f'"auto" is for Hugging Face, DeepSpeed itself {fate}; write the value, or check with '
+                "--hf"
             )
             yield error(key, "auto", message)
+        elif default := _PLUGIN_FILLS.get(key):
+            message = (
+                f"Accelerate's own settings decide (`accelerate config`, its plugin), and without them "
+                f"it is {default}, also under Trainer; write the value"
+            )
+            yield warning(key, "hf-auto", message)
         elif key not in HF_FILLS:
             message = 'neither Trainer nor Accelerate fills in this "auto"; write the value'
             yield error(key, "auto", message)
-
-
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "boolean": lambda v: isinstance(v, bool),
-    "text": lambda v: isinstance(v, str),
-    "positive integer": lambda v: isinstance(v, int) and v > 0,
-    "positive number": lambda v: isinstance(v, int | float) and v > 0,
-    "number from 0": lambda v: isinstance(v, int | float) and math.isfinite(v) and v >= 0,
-}
-
-
-def _scalars(config: dict[str, Any]) -> Iterator[Finding]:
-    for key, kind in ds_keys.SCALARS.items():
-        value = config.get(key)
-        if value is None or value == "auto":
-            continue
-        if (isinstance(value, bool) and kind != "boolean") or not _KINDS[kind](value):
-            yield error(key, "wrong-value", f"{value!r} should be a {kind}")
-
-
-def _blocks(config: dict[str, Any]) -> Iterator[Finding]:
-    """Check values inside blocks with DeepSpeed's own pydantic models."""
-    from pydantic import ValidationError
-
-    for name in ds_keys.tree():
-        if name in ds_keys.SCALARS or name == "datastates_ckpt" or name not in config:
-            continue
-        if name == "zero_optimization" and isinstance(config[name], bool):
-            message = 'true or false is the oldest form; write {"stage": 1} or another stage'
-            yield error(name, "wrong-value", message)
-        elif not isinstance(config[name], dict):
-            message = f"{config[name]!r} should be an object {{...}}"
-            yield error(name, "wrong-value", message)
-    for path, model in ds_keys.models().items():
-        block: Any = config
-        for part in path.split("."):
-            block = block.get(part) if isinstance(block, dict) else None
-        if not isinstance(block, dict):
-            continue
-        try:
-            with _quiet():
-                model(**_without_auto(block))
-        except ValidationError as problem:
-            yield from _explain(path, problem)
-        except (AssertionError, ValueError) as problem:
-            yield error(path, "wrong-value", " ".join(str(problem).split()))
-
-
-def _explain(path: str, problem: Any) -> Iterator[Finding]:
-    for item in problem.errors():
-        if item["type"] == "extra_forbidden":
-            continue  # already reported by the walk over the keys, with the nearest name
-        key = ".".join([path, *(str(part) for part in item["loc"])])
-        message = item["msg"].replace("Value error, ", "").replace("Assertion failed, ", "")
-        value = f", but it is {item['input']!r}" if item["loc"] else ""
-        yield error(key, "wrong-value", message + value)
-
-
-def _without_auto(block: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in block.items()
-        if value != "auto"
-    }
-
-
-class _quiet:
-    """Silence deprecation logs of DeepSpeed's models; the rules report them as findings."""
-
-    def __enter__(self) -> None:
-        from deepspeed.utils import logger
-
-        self._level = logger.level
-        logger.setLevel("CRITICAL")
-
-    def __exit__(self, *_: object) -> None:
-        from deepspeed.utils import logger
-
-        logger.setLevel(self._level)

@@ -33,6 +33,8 @@ def load_json(path: str | Path) -> dict[str, Any]:
         _fail(path, text, error.pos, _syntax(text, error))
     except RecursionError:
         raise UserError(f"{path}: nested too deeply for a config") from None
+    except ValueError:  # Python reads no integer of more than 4300 digits
+        raise UserError(f"{path}: a number with thousands of digits") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a DeepSpeed config is a JSON object {{...}}")
     for position, message in _beyond_syntax(text):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from launch.ds_json import keys as ds_keys
 from launch.ds_json.finding import Finding, error, warning
-from launch.ds_json.view import Facts
+from launch.ds_json.view import Facts, block, switched_on
 
 _STAGE_3_ONLY = {
     "sub_group_size", "zero_hpz_partition_size", "zero_quantized_weights",
@@ -40,7 +40,7 @@ def without_effect(facts: Facts) -> Iterator[Finding]:
             message = "read by no stage; leave it out"
         elif facts.stage == 0:
             message = "has no effect at stage 0"
-        elif facts.stage < 3 and key in stage_3:
+        elif facts.below(3) and key in stage_3:
             message = f"has no effect at stage {facts.stage}, only at stage 3"
         elif facts.stage == 3 and key in _STAGES_1_AND_2_ONLY:
             message = "has no effect at stage 3, only at stages 1 and 2"
@@ -57,18 +57,16 @@ def without_effect(facts: Facts) -> Iterator[Finding]:
 def deprecated(facts: Facts) -> Iterator[Finding]:
     """Deprecated names, in any block, that still work."""
     for path, model in ds_keys.models().items():
-        block = facts.config.get(path)
-        if not isinstance(block, dict):
-            continue
+        given = block(facts.config, path)
         for name, new in ds_keys.renamed(model).items():
-            if name in block:
+            if name in given:
                 yield warning(f"{path}.{name}", "deprecated", f"old name; use {new}")
 
 
 def offload(facts: Facts) -> Iterator[Finding]:
     """Offload blocks that have no effect or use a different device than configured."""
     parameters, optimizer = "zero_optimization.offload_param", "zero_optimization.offload_optimizer"
-    if facts.device("offload_param") != "none" and facts.stage < 3:
+    if facts.device("offload_param") != "none" and facts.below(3):
         message = f"ignored at stage {facts.stage}: parameters are offloaded at stage 3 only"
         yield error(parameters, "no-effect", message)
     device = facts.device("offload_optimizer")
@@ -81,14 +79,13 @@ def offload(facts: Facts) -> Iterator[Finding]:
     if device == "nvme" and facts.stage in (1, 2):
         message = f"stage {facts.stage} keeps the states in CPU memory, not on NVMe; use stage 3"
         yield error(f"{optimizer}.device", "nvme-becomes-cpu", message)
-    block = facts.zero.get("offload_optimizer") or {}
-    if block.get("super_offload") and facts.stage != 3:
+    if switched_on(block(facts.zero, "offload_optimizer").get("super_offload")) and facts.below(3):
         yield error(f"{optimizer}.super_offload", "no-effect", "works at stage 3 only")
     for path, name in ((parameters, "offload_param"), (optimizer, "offload_optimizer")):
         if facts.device(name) == "nvme" and not facts.zero[name].get("nvme_path"):
             yield error(f"{path}.nvme_path", "forbidden", "device nvme needs a folder here")
     uses_nvme = "nvme" in (facts.device("offload_param"), device) and facts.stage == 3
-    if "aio" in facts.config and not uses_nvme:
+    if "aio" in facts.config and facts.stage is not None and not uses_nvme:
         yield warning("aio", "no-effect", "read for NVMe offload at stage 3 only")
 
 
@@ -100,7 +97,7 @@ def other_blocks(facts: Facts) -> Iterator[Finding]:
             "deepspeed.checkpointing.checkpoint, after deepspeed.checkpointing.configure"
         )
         yield warning("activation_checkpointing", "no-effect", message)
-    if "pipeline" in facts.config and facts.stage >= 2:
+    if "pipeline" in facts.config and facts.stage in (2, 3):
         message = "PipelineModule rejects ZeRO stages 2 and 3, and nothing else reads this block"
         yield warning("pipeline", "no-effect", message)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch.errors import UserError
+from launch.errors import UserError, missing_package
 
 EXIT_DEFECT = 1
 
@@ -97,6 +97,8 @@ def end(message: str, code: int) -> None:
 
 
 def _in_words(error: Exception) -> str | None:
+    if lacking := missing_package(error):
+        return lacking
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.errno in DISK:
         place = error.filename or "a file of this run"

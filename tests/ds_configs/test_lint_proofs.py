@@ -1,5 +1,6 @@
 """What the linter's rules lock_run_dir, seen in real DeepSpeed runs."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -65,6 +66,33 @@ def test_zero1_in_bf16_with_fp32_accumulation_is_another_class() -> None:
     assert run_ranks(train_raw, 1, zero(1), 1)[0]["optimizer"] == "BF16_Optimizer"
     bf16 = {**zero(1), "data_types": {"grad_accum_dtype": "bf16"}}
     assert run_ranks(train_raw, 1, bf16, 1)[0]["optimizer"] == "DeepSpeedZeroOptimizer"
+
+
+def test_batch_sizes_may_be_whole_floats() -> None:
+    sizes = {"train_batch_size": 8.0, "train_micro_batch_size_per_gpu": 4.0}
+    changed = config({**sizes, "gradient_accumulation_steps": None})
+    assert not [finding for finding in lint(changed, world_size=1) if finding.level == "error"]
+    plain = config({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4}) | {
+        "gradient_accumulation_steps": 2
+    }
+    done = [run_ranks(train_raw, 1, each)[0]["losses"] for each in (changed, plain)]
+    assert done[0] == done[1] and done[0][-1] < done[0][0]
+
+
+def test_auto_of_accelerate_s_plugin_is_its_default() -> None:
+    from accelerate import DeepSpeedPlugin
+
+    zero: dict[str, Any] = {"stage": "auto", "stage3_gather_16bit_weights_on_model_save": "auto"}
+    zero["offload_param"] = zero["offload_optimizer"] = {"device": "auto", "nvme_path": "auto"}
+    auto = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    found = [finding for finding in lint(auto, hf=True) if finding.rule == "hf-auto"]
+    filled = DeepSpeedPlugin(hf_ds_config=copy.deepcopy(auto)).deepspeed_config
+    assert len(found) == 6
+    for finding in found:
+        value: Any = filled
+        for name in finding.key.split("."):
+            value = value[name]
+        assert f"without them it is {str(value).lower()}," in finding.message
 
 
 def test_accelerate_stops_at_auto_betas() -> None:

@@ -45,6 +45,17 @@ CASES: list[tuple[str, str, Any, Any]] = [
      config({"timers": {"throughput": {"enabled": True}}})),
     ("unknown-key", "optimizer.params.fused", params(torch_adam=None), params()),
     ("unknown-key", "optimizer.params.beta", params(beta=0.9), params(amsgrad=False)),
+    ("unknown-key", "bf16._comment", config({"bf16": {"_comment": "why"}}),
+     config({"_comment": "why", "//": "why", "aio": {"_comment": "why"}})),
+    ("unknown-key", "optimizer.params.eps", config({"optimizer": {"type": "Lion"}}),
+     {**CLEAN, "optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}),
+    ("unknown-key", "scheduler.params.warmup_num_step",
+     config({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_step": 9}}}),
+     config({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}})),
+    ("no-effect", "optimizer.type", {**CLEAN, "optimizer": {"params": {}}}, CLEAN),
+    ("no-effect", "scheduler.type", config({"scheduler": {"params": {}}}), CLEAN),
+    ("forbidden", "zero_allow_untested_optimizer",
+     {**CLEAN, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, CLEAN),
     ("removed", "elasticity", config({"elasticity": {"enabled": False}}), CLEAN),
     ("removed", "zero_optimization.mics_shard_size", zero(3, mics_shard_size=2), zero(3)),
     ("removed", "optimizer.type", config({"optimizer": {"type": "OneBitAdam"}}), CLEAN),
@@ -53,12 +64,12 @@ CASES: list[tuple[str, str, Any, Any]] = [
      zero(2, reduce_bucket_size="big"), zero(2, reduce_bucket_size=5e8)),
     ("wrong-value", "zero_optimization.offload_optimizer.device",
      zero(2, offload_optimizer={"device": "gpu"}), zero(2, offload_optimizer=CPU)),
-    ("wrong-value", "zero_optimization", config({"zero_optimization": None})
+    ("old-form", "zero_optimization", config({"zero_optimization": None})
      | {"zero_optimization": True}, zero(1)),
     ("wrong-value", "bf16", config({"bf16": None}) | {"bf16": True}, CLEAN),
-    ("wrong-value", "gradient_clipping", config({"gradient_clipping": -1}),
+    ("unchecked-value", "gradient_clipping", config({"gradient_clipping": -1}),
      config({"gradient_clipping": 0})),
-    ("wrong-value", "train_micro_batch_size_per_gpu",
+    ("unchecked-value", "train_micro_batch_size_per_gpu",
      config({"train_micro_batch_size_per_gpu": True}), CLEAN),
     ("wrong-value", "data_types.grad_accum_dtype",
      config({"data_types": {"grad_accum_dtype": "single"}}), CLEAN),
@@ -154,11 +165,16 @@ def test_rule_fires_where_it_should_and_nowhere_else(
 
 HF_CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("auto", "steps_per_print", {"steps_per_print": "auto"}, {"gradient_clipping": "auto"}),
+    ("hf-auto", "zero_optimization.stage", {"zero_optimization": {"stage": "auto"}}, {}),
+    ("hf-scheduler", "scheduler", {"scheduler": {"type": "WarmupLR", "params": {}}}, {}),
+    ("hf-literal", "scheduler.params.warmup_num_steps",
+     {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}},
+     {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}),
     ("hf-missing", "zero_optimization", {"zero_optimization": None}, {}),
     ("hf-literal", "gradient_clipping", {}, {"gradient_clipping": "auto"}),
     ("hf-literal", "optimizer.params.lr", {}, {"optimizer": None}),
     ("hf-optimizer", "optimizer.params.betas", {"optimizer": {"params": {"betas": "auto"}}}, {}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "key", "bad", "good"), HF_CASES)
