@@ -47,7 +47,7 @@ def test_what_is_missing_only_later_is_one_line_too(tmp_path: Path) -> None:
 
 
 def test_a_module_of_ours_that_is_missing_is_a_defect() -> None:
-    assert missing_package(ModuleNotFoundError(name="launch.gone")) is None
+    assert missing_package(ModuleNotFoundError(name="models")) is None
     assert missing_package(ModuleNotFoundError()) is None
     assert missing_package(ImportError(name="torch")) is None
     assert "has no yaml; " in str(missing_package(ModuleNotFoundError(name="yaml.reader")))
