@@ -22,12 +22,27 @@ def read_config(path: str, changes: dict[str, Any]) -> PreTrainedConfig:
     """
     if "/" in path and path.startswith((".", "/")) and not Path(path).exists():
         raise OSError(f"there is no file or folder {path}")
-    config = AutoConfig.from_pretrained(path)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    if not changes:
+        return config
+    values, renamed = config.to_dict(), dict(config.attribute_map)
     for key, value in changes.items():
-        if not hasattr(config, key):
-            raise ValueError(f"{type(config).__name__} has no key '{key}'")
-        setattr(config, key, value)
-    return config
+        name = renamed.get(key, key)
+        if name in ("dtype", "torch_dtype"):
+            raise ValueError(
+                f"changes.{key} would do nothing: the DeepSpeed JSON decides the dtype"
+            )
+        if name not in values:
+            raise ValueError(f"{type(config).__name__} has no key '{key}'{_rope_hint(key, values)}")
+        values[name] = value
+    # Made anew, so that the values are checked, and those that depend on them are worked out.
+    return type(config).from_dict(values)
+
+
+def _rope_hint(key: str, values: dict[str, Any]) -> str:
+    if key not in ("rope_theta", "rope_scaling") or "rope_parameters" not in values:
+        return ""
+    return f"; set rope_parameters as a whole, which is {values['rope_parameters']}"
 
 
 def dropouts(config: PreTrainedConfig) -> dict[str, float]:

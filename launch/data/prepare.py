@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import EACCES, EDQUOT, EEXIST, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EDQUOT, EEXIST, ENOLCK, ENOSPC, ENOTDIR, ENOTSUP, EPERM, EROFS
 from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     pass
 
 FORMAT = 2  # increment when the same settings produce different tokens
+NO_LOCKS = (ENOLCK, ENOTSUP)
 TRAIN, HELD_OUT, META = "train.bin", "held_out.bin", "meta.json"
 
 
@@ -134,10 +135,18 @@ def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 def _disk_errors(cache: Path) -> Iterator[None]:
     try:
         yield
+    except NotImplementedError as error:  # of filelock
+        raise UserError(
+            f"data.cache_dir: the disk of {cache} has no file locks; name a folder on another one"
+        ) from error
     except OSError as error:
         where = error.filename or cache
         if error.errno in (ENOSPC, EDQUOT):
             problem = f"no space left for {where}; free some"
+        elif error.errno in NO_LOCKS:
+            problem = (
+                f"the disk of {cache} has no file locks ({error.strerror}); mount it with locks"
+            )
         elif error.errno in (EACCES, EPERM, EROFS, EEXIST, ENOTDIR):
             problem = f"cannot use {where} ({error.strerror}); it has to be a writable folder"
         else:

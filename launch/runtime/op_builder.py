@@ -11,7 +11,8 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,11 +144,31 @@ def _make_ready(name: str, say: Callable[[str], None]) -> None:
         raise UserError(f"{name}: DeepSpeed has no such op for '{get_accelerator().device_name()}'")
     folder = use_private_cache() / name
     if not _load_built(builder, name, folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_own_lock(folder)):
+        with _locked(folder):
             if not _load_built(builder, name, folder):
                 _build(builder, name, folder, say)
     builder.load()  # now only a look-up; pin_memory exports its symbols for async_io here
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(_own_lock(folder))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (
+        OSError,
+        NotImplementedError,
+    ) as error:  # the latter of filelock, where there are no locks
+        reason = getattr(error, "strerror", None) or "its disk has no file locks"
+        raise UserError(
+            f"{folder.parent}: cannot build DeepSpeed's ops there ({reason}); set "
+            "TORCH_EXTENSIONS_DIR to a writable folder on a disk with locks"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _load_built(builder: Any, name: str, folder: Path) -> bool:

@@ -87,9 +87,14 @@ def lock_run_dir(run: RunDir) -> FileLock:
             f"run.dir: a run that has not ended is writing to {run.path}; wait for it, or name "
             "another folder"
         ) from None
-    except OSError as error:
+    except (
+        OSError,
+        NotImplementedError,
+    ) as error:  # the latter of filelock, where there are no locks
+        reason = getattr(error, "strerror", None) or "its disk has no file locks"
         raise UserError(
-            f"run.dir: cannot write to {run.path} ({error.strerror}); name a writable folder"
+            f"run.dir: cannot write to {run.path}, or lock it ({reason}); name a writable folder on a "
+            "disk with locks"
         ) from None
     return lock
 

@@ -203,3 +203,34 @@ def test_the_final_weights_are_what_transformers_loads(name: str, tmp_path: Path
         assert all(
             torch.equal(found[key], tensor) for key, tensor in model.model.state_dict().items()
         )
+
+
+CHANGES: list[tuple[str, str]] = [
+    ("num_hidden_layers=abc", "Field 'num_hidden_layers' expected int, got str"),
+    ("num_hidden_layer=1", "LlamaConfig has no key 'num_hidden_layer'"),
+    ("use_return_dict=true", "LlamaConfig has no key 'use_return_dict'"),
+    ("dtype=bfloat16", "changes.dtype would do nothing: the DeepSpeed JSON decides"),
+    ("rope_theta=1e6", "no key 'rope_theta'; set rope_parameters as a whole, which is"),
+    ("rope_scaling={factor: 2.0}", "no key 'rope_scaling'; set rope_parameters as a whole"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_a_change_that_is_wrong_or_does_nothing_is_refused(
+    change: str, message: str, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, KINDS["llama"], f"model.changes.{change}")
+    with pytest.raises(UserError, match=message) as caught:
+        build_model(recipe, torch.float32, "meta")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_change_of_the_rotary_frequencies_has_an_effect(tmp_path: Path) -> None:
+    change = "model.changes.rope_parameters={rope_type: default, rope_theta: 100.0}"
+    frequencies = []
+    for overrides in ([], [change]):
+        model: Any = build_model(
+            recipe_of(tmp_path, KINDS["llama"], *overrides), torch.float32, "cpu"
+        )
+        frequencies.append(model.model.get_buffer("model.rotary_emb.inv_freq"))
+    assert float(frequencies[1][1] / frequencies[0][1]) == pytest.approx(100.0**0.25, rel=1e-3)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -5,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
@@ -15,6 +17,8 @@ from launch.data.prepare import Corpus, prepare, tokens_needed
 from launch.data.token_file import TokenFile
 from launch.errors import UserError
 from launch.paths import ROOT
+from launch.runtime import op_builder
+from launch.runtime.run_dir import RunDir, lock_run_dir
 from tests.unit.test_tokenizer import train_tokenizer
 
 CHILD = """
@@ -244,3 +248,26 @@ def test_prepare_data_prints_what_there_is(tmp_path: Path) -> None:
     )
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert wrong.stderr.startswith("error: data.source: there is no file")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()]
+)
+def test_a_disk_without_locks_is_told(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(*_: object, **__: object) -> None:
+        raise error
+
+    (tmp_path / "a.txt").write_text("words and words")
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.raises(UserError, match=r"data.cache_dir: the disk of .* has no file locks"):
+        make(tmp_path, str(tmp_path / "a.txt"))
+    folder = RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match=r"run.dir: cannot write to .*, or lock it \("):
+        lock_run_dir(folder)
+    with (
+        pytest.raises(UserError, match="TORCH_EXTENSIONS_DIR"),
+        op_builder._locked(tmp_path / "op"),
+    ):
+        pass
