@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
@@ -26,8 +27,8 @@ from launch.ds_json.strict_json import load_json
 from launch.errors import UserError
 
 
-def main() -> int:
-    """Print one line per finding; return 1 if there are errors, 2 for invalid arguments."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one line per finding; return 1 if there are errors. Invalid arguments: exit code 2."""
     parser = argparse.ArgumentParser(
         description="Check DeepSpeed JSON files for what DeepSpeed rejects, ignores or quietly "
         "takes otherwise.",
@@ -41,7 +42,7 @@ def main() -> int:
     )
     parser.add_argument("--strict", action="store_true", help="fail on warnings too")
     parser.add_argument("--json", action="store_true", help="print a JSON list of findings")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for keys that a terminal cannot show
     found: list[tuple[Path, Finding]] = []

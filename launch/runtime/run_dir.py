@@ -60,7 +60,11 @@ class RunDir:
 
 
 def new_folder(parent: Path) -> Path:
-    """Create a folder named after the current time in `parent`, unique even within a second."""
+    """Create a folder named after the current time in `parent`, unique even within a second.
+
+    Raises:
+        UserError: if it cannot be created, for example in a checkout that is not ours to write to.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path, number = parent / stamp, 1
     while True:
@@ -68,6 +72,10 @@ def new_folder(parent: Path) -> Path:
             path.mkdir(parents=True)  # claims the name: another run may start in the same second
         except FileExistsError:
             path, number = parent / f"{stamp}-{number}", number + 1
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot make a folder in {parent} ({error.strerror}); name a writable one"
+            ) from None
         else:
             return path
 

@@ -26,6 +26,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_size": 48, "intermediate_size": 49, "num_attention_heads": 6, "num_key_value_heads": 3,
     },
     "one_key": {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 1},
+}  # fmt: skip
+# AutoTP does not shard these, or not as transformers plans it.
+WHOLE_MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     # Learns with a router loss, which has to count as transformers counts it.
     "mixture": {
@@ -55,7 +58,7 @@ class HFCase(Case):
     def recipe(self, folder: Path, changes: dict[str, Any] | None = None) -> Recipe:
         """The tiny recipe with this model, over `tensor` ranks."""
         file = folder / f"{self.model}.json"
-        file.write_text(json.dumps(SIZES | MODELS[self.model]))
+        file.write_text(json.dumps(SIZES | (MODELS | WHOLE_MODELS)[self.model]))
         values = super().recipe(folder, changes).model_dump()
         values["model"] = {
             "family": "hf", "path": str(file), "checkpoint_activations": self.checkpoint_activations

@@ -149,7 +149,8 @@ def test_a_dry_run_refuses_it_too(tmp_path: Path) -> None:
         '{"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 1}'
     )
     model = f"model.path={tmp_path / 'gpt2.json'}"
-    recipe = load_recipe("recipes/hf_qwen3_0b6_zero2.yaml", [model, "parallel.tensor=2"])
+    changes = [model, "parallel.tensor=2", "data.sequence_length=64", "data.tokenizer=bytes"]
+    recipe = load_recipe("recipes/hf_qwen3_0b6_zero2.yaml", changes)
     with pytest.raises(UserError, match="transformers has no plan to shard gpt2 models"):
         print_dry_run(recipe, 2)
 

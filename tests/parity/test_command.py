@@ -34,7 +34,9 @@ def run(*given: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("weights", [(), ("--uneven-loss-weights",)])
+@pytest.mark.parametrize(
+    "weights", [pytest.param((), marks=pytest.mark.matrix), ("--uneven-loss-weights",)]
+)
 def test_two_ranks_agree_with_one_device(tmp_path: Path, weights: tuple[str, ...]) -> None:
     done = run(*arguments(tmp_path), "--ranks", "2", *weights)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ QWEN3 = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
 

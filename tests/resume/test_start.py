@@ -14,7 +14,7 @@ from launch.config.layout import plan_layout
 from launch.config.load import recipe_from_dict
 from launch.config.schema import Recipe
 from launch.errors import UserError
-from launch.runtime.run_dir import RunDir, lock_run_dir
+from launch.runtime.run_dir import RunDir, lock_run_dir, new_folder
 from tests.resume.runs import steps_logged, train, values, write_text
 
 ZERO1: dict[str, Any] = {"config": "ds_configs/zero1.json", "bf16": {"enabled": False}}
@@ -131,6 +131,14 @@ def test_runs_that_start_in_the_same_second_get_folders_of_their_own(
     folders = {start.folder.path for start in starts}
     assert len(folders) == 3
     assert {folder.parent for folder in folders} == {tmp_path / "runs/resumed"}
+
+
+def test_a_place_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()  # a file, in the way
+    with pytest.raises(
+        UserError, match=r"run\.dir: cannot make a folder in .* name a writable one"
+    ):
+        new_folder(tmp_path / "runs")
 
 
 def test_auto_looks_through_the_recipes_runs(

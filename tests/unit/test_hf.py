@@ -18,10 +18,10 @@ from launch.planner.dry_run import print_dry_run
 from launch.training.build_model import build_model
 from launch.training.setup import plan_run
 from models.hf import HFCausalLM, from_config
-from tests.parity.hf_cases import MODELS, SIZES
+from tests.parity.hf_cases import MODELS, SIZES, WHOLE_MODELS
 
 KINDS: dict[str, dict[str, Any]] = {
-    **{name: SIZES | values for name, values in MODELS.items()},
+    **{name: SIZES | values for name, values in (MODELS | WHOLE_MODELS).items()},
     "deepseek_v3": {
         "model_type": "deepseek_v3", "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2,
         "intermediate_size": 48, "moe_intermediate_size": 16, "num_attention_heads": 4,

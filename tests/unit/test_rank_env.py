@@ -1,7 +1,9 @@
 """A process finds its rank in the variables of whatever started it, or says that it cannot."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -32,36 +34,41 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-def environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """What the code under test adds to the environment is gone afterwards."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+def environment(variables: dict[str, str]) -> None:
     """These variables and PATH, for this test."""
-    for name in list(os.environ):
-        if name != "PATH":
-            monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    path = os.environ["PATH"]
+    os.environ.clear()
+    os.environ |= {"PATH": path, **variables}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_ranks_of_a_launcher(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment(monkeypatch, LAUNCHERS[launcher] | MEET)
+def test_ranks_of_a_launcher(launcher: str) -> None:
+    environment(LAUNCHERS[launcher] | MEET)
     set_rank_env_from_launcher()
     assert {name: os.environ[name] for name in FOUND} == FOUND
 
 
 @pytest.mark.parametrize("launcher", ["openmpi", "mpich", "jsrun"])
 def test_a_launcher_that_does_not_say_where_the_ranks_meet(
-    launcher: str, monkeypatch: pytest.MonkeyPatch
+    launcher: str,
 ) -> None:
-    environment(monkeypatch, LAUNCHERS[launcher])
+    environment(LAUNCHERS[launcher])
     with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT not set"):
         set_rank_env_from_launcher()
 
 
-def test_slurm_says_where_they_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment(monkeypatch, SRUN | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+def test_slurm_says_where_they_meet(tmp_path: Path) -> None:
+    environment(SRUN | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     with pytest.raises(UserError, match=r"which hosts n\[1-3\] are"):
         set_rank_env_from_launcher()
-    environment(monkeypatch, SRUN)
+    environment(SRUN)
     fake = tmp_path / "scontrol"
     fake.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-3]" ] && printf "n1\\nn2\\nn3\\n"\n')
     fake.chmod(0o755)
@@ -80,19 +87,19 @@ NONE: list[dict[str, str]] = [
 
 @pytest.mark.parametrize("variables", NONE)
 def test_one_process_is_a_run_of_its_own(
-    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str],
 ) -> None:
-    environment(monkeypatch, variables)
+    environment(variables)
     set_rank_env_from_launcher()
     assert "RANK" not in os.environ
 
 
 @pytest.mark.parametrize("name", ["PMI_SIZE", "PMIX_SIZE", "FLUX_JOB_SIZE"])
 def test_several_processes_of_an_unknown_launcher_are_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str,
 ) -> None:
-    environment(monkeypatch, {name: "4"})
+    environment({name: "4"})
     with pytest.raises(UserError, match=f"{name} is 4, and no variable tells which"):
         set_rank_env_from_launcher()
-    monkeypatch.setenv("RANK", "0")  # torchrun's, inside
+    os.environ["RANK"] = "0"  # torchrun's, inside
     set_rank_env_from_launcher()
