@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.parity.cases import Workbench
-from tests.parity.hf_cases import HFCase
+from tests.parity.hf_cases import WHOLE_MODELS, HFCase
 from tests.parity.planting import Fault, faulty_layout, first_seen, plant
 from tests.selection import representatives
 
@@ -32,12 +32,13 @@ CASES = [
 
 
 def kinds(each: HFCase) -> set[object]:
-    """Stage, model with its precision, checkpointing of each model with a router, uneven weights."""
+    """Stage, model, precision, checkpointing, and labels that count unequally."""
     return {
         each.stem,
-        (each.model, each.precision),
-        each.model == "mixture" and each.checkpoint_activations,
-        each.uneven_weights,
+        each.model if each.model in WHOLE_MODELS else "rotary",
+        each.precision,
+        ("checkpointed", each.checkpoint_activations),
+        ("uneven", each.uneven_weights),
     }
 
 
@@ -78,7 +79,7 @@ def _one_router_loss_a_micro_batch() -> None:
     plant(HFCausalLM, "__init__", smaller)
 
 
-FAULTS: list[tuple[Fault, HFCase, str]] = [
+FAULTS = [
     (_casts_buffers, case("zero2", 2, "bf16", "llama_tied"), "loss at step 1"),
     (_casts_buffers, case("zero3", 2, "bf16", "llama"), "loss at step 1"),
     (_forgets_the_router_loss, case("zero1", 2, "fp32", "mixture", micro_batch=2), "loss at step 1"),
