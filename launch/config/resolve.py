@@ -27,7 +27,7 @@ _OWNED_BY_RECIPE = {
 # DeepSpeed's progress lines cannot be turned off; our own metrics replace them.
 _NEVER_PRINT = 10**9
 _SHOWN_ERRORS = 3
-WRONG_VALUES = {"wrong-value", "unchecked-value", "old-form", "auto"}
+_WRONG_VALUES = {"wrong-value", "unchecked-value", "old-form", "auto"}
 
 
 def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
@@ -54,16 +54,19 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     config["train_batch_size"] = layout.global_batch
     config["steps_per_print"] = _NEVER_PRINT
     errors = [finding for finding in _lint(config, layout) if finding.level == "error"]
-    # Before the layout is checked, which reads the values; other errors are after it, as what it says
-    # is of more help.
-    wrong = [finding for finding in errors if finding.rule in WRONG_VALUES]
-    for found in (wrong, errors):
+
+    def stop_at(found: list[Finding]) -> None:
         if found:
             lines = [_with_place(finding, path, recipe.name, overrides) for finding in found]
             more = len(lines) - _SHOWN_ERRORS
             rest = f" (and {more} more)" if more > 0 else ""
             raise UserError(" | ".join(lines[:_SHOWN_ERRORS]) + rest)
-        check_composition(recipe, config, layout)
+
+    # The check of the layout reads values, and so comes after theirs. It comes before other errors, as
+    # what it says is of more help.
+    stop_at([finding for finding in errors if finding.rule in _WRONG_VALUES])
+    check_composition(recipe, config, layout)
+    stop_at(errors)
     zero = zero_block(config)
     if recipe.train.compile and zero_stage(config) == 3:
         # DeepSpeed's own F.linear is on by default; see `check_composition`.

@@ -11,6 +11,7 @@ from launch.config.schema import Recipe
 from launch.data.batch import Batch, MicroBatch, ValidationSet
 from launch.data.prepare import Corpus, prepare, tokens_needed
 from launch.data.token_file import TokenFile
+from launch.data.tokenizer import Tokenizer
 from launch.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,7 +109,10 @@ class Batches:
 
 
 def load_batches(
-    recipe: Recipe, say: Callable[[str], None] = print, weights: Weights | None = None
+    recipe: Recipe,
+    say: Callable[[str], None] = print,
+    weights: Weights | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[Corpus, Batches]:
     """Tokenise a recipe's source, and return it with its training batches.
 
@@ -116,11 +120,12 @@ def load_batches(
         recipe: its `data` and `train` blocks are used.
         say: called with each progress line.
         weights: see `Batches`.
+        tokenizer: see `prepare`.
 
     Raises:
         UserError: see `prepare` and `Batches`.
     """
-    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe), say=say)
+    corpus = prepare(recipe.data, tokens_needed=tokens_needed(recipe), say=say, tokenizer=tokenizer)
     train = recipe.train
     batches = Batches(
         corpus.train,

@@ -136,8 +136,9 @@ def _in_folder(name: str, say: Callable[[str], None]) -> list[SourceFile]:
     given = Path(name).expanduser()
     found, skipped = [], []
     for path in _walk(given):
-        about = path.stem.lower() in ABOUT_THE_DATA and _reader_of(path) in (None, "text")
-        if _reader_of(path) is None or about:
+        reader = _reader_of(path)
+        about = path.stem.lower() in ABOUT_THE_DATA and reader in (None, "text")
+        if reader is None or about:
             skipped.append(path.name if about else path.suffix or path.name)
             continue
         key = Path(given.resolve().name, path.relative_to(given)).as_posix()

@@ -25,6 +25,7 @@ from launch.data.token_file import SplitWriter, TokenFile, write_documents
 from launch.data.tokenizer import Tokenizer, load_tokenizer
 from launch.errors import UserError
 from launch.paths import ROOT
+from launch.runtime.locks import acquire
 
 if TYPE_CHECKING:
     pass
@@ -52,7 +53,13 @@ def tokens_needed(recipe: Recipe) -> int:
     return sequences * recipe.data.sequence_length + 1
 
 
-def prepare(data: Data, *, tokens_needed: int, say: Callable[[str], None] = print) -> Corpus:
+def prepare(
+    data: Data,
+    *,
+    tokens_needed: int,
+    say: Callable[[str], None] = print,
+    tokenizer: Tokenizer | None = None,
+) -> Corpus:
     """Tokenise a source, unless it is cached, and open the result.
 
     All ranks can call this at once, before the process group exists: one builds under a file lock,
@@ -67,12 +74,13 @@ def prepare(data: Data, *, tokens_needed: int, say: Callable[[str], None] = prin
         tokens_needed: the number of train tokens at which a streamed source stops; see
             `tokens_needed()`. Other sources are used in full.
         say: called with each progress line.
+        tokenizer: the recipe's, if it is loaded already.
 
     Raises:
         UserError: for an unreadable source or tokenizer, too little text, or a cache folder that is
             full or not writable.
     """
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     files = local_files(data, say)
     limit = tokens_needed if data.streaming and data.source != STDLIB else None
     cache = (
@@ -121,10 +129,10 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     lock = FileLock(folder.with_suffix(".lock"))  # the kernel releases it when its holder dies
     try:
-        lock.acquire(timeout=0)
+        acquire(lock, timeout=0)
     except Timeout:
         say(f"waiting for another process to tokenise into {folder}")
-        lock.acquire()
+        acquire(lock)
     try:
         yield
     finally:
@@ -135,10 +143,6 @@ def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 def _disk_errors(cache: Path) -> Iterator[None]:
     try:
         yield
-    except NotImplementedError as error:  # of filelock
-        raise UserError(
-            f"data.cache_dir: the disk of {cache} has no file locks; name a folder on another one"
-        ) from error
     except OSError as error:
         where = error.filename or cache
         if error.errno in (ENOSPC, EDQUOT):

@@ -83,31 +83,32 @@ def _json_lines(data: Data, file: SourceFile, cache: Path) -> Iterator[Row]:
             row = json.loads(line.removeprefix(BYTE_ORDER_MARK))
         except ValueError as error:
             raise UserError(f"data.source: {file.path} line {number} is no JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"data.source: {file.path} line {number} is a JSON {type(row).__name__}; "
-                "each line has to be an object with the text in one field"
-            )
-        yield f"line {number}", row
+        yield _object(file, "line", number, row)
 
 
 def _json(data: Data, file: SourceFile, cache: Path) -> Iterator[Row]:
     """One array of objects, which must fit in memory, or the lines of a jsonl file."""
-    (whole,) = (row["text"] for row in _load(data, cache, "text", [file], sample_by="document"))
-    if not whole.removeprefix(BYTE_ORDER_MARK).lstrip().startswith("["):
+    lines = (row["text"] for row in _load(data, cache, "text", [file], sample_by="line"))
+    first = next((line.removeprefix(BYTE_ORDER_MARK) for line in lines if line.strip()), "")
+    if not first.lstrip().startswith("["):
         yield from _json_lines(data, file, cache)
         return
+    (whole,) = (row["text"] for row in _load(data, cache, "text", [file], sample_by="document"))
     try:
         rows = json.loads(whole.removeprefix(BYTE_ORDER_MARK))
     except ValueError as error:
         raise UserError(f"data.source: {file.path} is no JSON: {error}") from None
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(
-                f"data.source: {file.path} item {number} is a JSON {type(row).__name__}; "
-                "each item has to be an object with the text in one field"
-            )
-        yield f"item {number}", row
+        yield _object(file, "item", number, row)
+
+
+def _object(file: SourceFile, kind: str, number: int, row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(
+            f"data.source: {file.path} {kind} {number} is a JSON {type(row).__name__}; "
+            f"each {kind} has to be an object with the text in one field"
+        )
+    return f"{kind} {number}", row
 
 
 def _csv(data: Data, file: SourceFile, cache: Path) -> Iterator[Row]:

@@ -23,6 +23,7 @@ from launch.deepspeed_patches.jit_lock import is_held, load_built_op, wait_for_l
 from launch.ds_json.view import offload_device, optimizer_block, zero_stage
 from launch.errors import UserError
 from launch.paths import ROOT
+from launch.runtime.locks import acquire
 from launch.runtime.op_sources import compile_faster
 
 
@@ -155,14 +156,10 @@ def _locked(folder: Path) -> Iterator[None]:
     lock = FileLock(_own_lock(folder))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except (
-        OSError,
-        NotImplementedError,
-    ) as error:  # the latter of filelock, where there are no locks
-        reason = getattr(error, "strerror", None) or "its disk has no file locks"
+        acquire(lock)
+    except OSError as error:
         raise UserError(
-            f"{folder.parent}: cannot build DeepSpeed's ops there ({reason}); set "
+            f"{folder.parent}: cannot build DeepSpeed's ops there ({error.strerror}); set "
             "TORCH_EXTENSIONS_DIR to a writable folder on a disk with locks"
         ) from None
     try:

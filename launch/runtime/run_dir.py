@@ -30,6 +30,7 @@ from launch.config.load import recipe_from_dict
 from launch.config.schema import Recipe
 from launch.errors import UserError
 from launch.paths import ROOT
+from launch.runtime.locks import acquire
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,16 @@ def lock_run_dir(run: RunDir) -> FileLock:
     lock = FileLock(run.path / ".lock")  # the kernel releases it when its holder dies
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        acquire(lock, timeout=0)
     except Timeout:
         raise UserError(
             f"run.dir: a run that has not ended is writing to {run.path}; wait for it, or name "
             "another folder"
         ) from None
-    except (
-        OSError,
-        NotImplementedError,
-    ) as error:  # the latter of filelock, where there are no locks
-        reason = getattr(error, "strerror", None) or "its disk has no file locks"
+    except OSError as error:
         raise UserError(
-            f"run.dir: cannot write to {run.path}, or lock it ({reason}); name a writable folder on a "
-            "disk with locks"
+            f"run.dir: cannot write to {run.path}, or lock it ({error.strerror}); name a writable "
+            "folder on a disk with locks"
         ) from None
     return lock
 

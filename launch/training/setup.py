@@ -81,9 +81,9 @@ def plan_run(
     layout = plan_layout(recipe, world_size)
     ds_config = resolve(recipe, layout)
     use_private_cache()
-    # First, as to tokenise a large text takes hours.
-    check_model(recipe, ds_config, load_tokenizer(recipe.data.tokenizer))
-    corpus, batches = load_batches(recipe, say, weights)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    check_model(recipe, ds_config, tokenizer)  # first, as to tokenise a large text takes hours
+    corpus, batches = load_batches(recipe, say, weights, tokenizer)
     return RunPlan(recipe, layout, ds_config, corpus, batches)
 
 

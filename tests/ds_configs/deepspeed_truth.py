@@ -49,8 +49,9 @@ def _start(config: dict[str, Any]) -> None:
     engine._do_sanity_check()
     engine._mixed_precision_dtypes()
     engine.get_data_types()
-    matrix, vector = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2,)))
-    matrix.use_muon, vector.use_muon = True, False  # type: ignore[attr-defined]
+    matrix: Any = torch.nn.Parameter(torch.zeros(2, 2))
+    vector: Any = torch.nn.Parameter(torch.zeros(2))
+    matrix.use_muon, vector.use_muon = True, False
     if engine.optimizer_name() is None:
         # The script brings its own.
         optimizer: Any = torch.optim.AdamW([matrix, vector])
