@@ -30,15 +30,12 @@ def check_parallel(recipe: "Recipe") -> None:
             "parallel.sequence: it shards the sequence over the tensor ranks, and parallel.tensor "
             "is 1; set that to 2 or more, or take the key out"
         )
-    if parallel.tensor > 1 and recipe.train.compile:
-        raise UserError(
-            "train.compile: the collectives between tensor ranks cut the compiled graph to pieces, and "
-            "it is slower than without (models/README.md has the numbers); use train.compile=false"
-        )
     if recipe.model.family == "hf":
         _check_hf(recipe)
         return
     config = recipe.model.shape
+    if parallel.tensor > 1 and recipe.train.compile:
+        _check_compiled_tensor(recipe, config)
     if not _divides(config, parallel.tensor):
         fitting = [n for n in range(1, config.heads + 1) if _divides(config, n)]
         near = sorted(fitting, key=lambda n: abs(n - parallel.tensor))[:2]
@@ -69,6 +66,31 @@ def _divides(config: GPTConfig, tensor: int) -> bool:
     return tensor % config.kv_heads == 0 and config.head_dim % (tensor // config.kv_heads) == 0
 
 
+def _check_compiled_tensor(recipe: "Recipe", config: GPTConfig) -> None:
+    """Compiled code runs collectives in the order of the data that they pass on, and in no other.
+
+    So it may run independent ones, such as the sums of the gradients of two norms, in another order
+    on each rank, and each would get a part of the other.
+    """
+    parallel = recipe.parallel
+    independent = {
+        "parallel.sequence=false": parallel.sequence,
+        "model.qk_norm=false": config.qk_norm,
+        f"parallel.tensor={config.kv_heads}": parallel.tensor > config.kv_heads,
+    }
+    for remedy, needed in independent.items():
+        if needed:
+            raise UserError(
+                "train.compile: these tensor ranks run collectives that do not depend on each other, which "
+                f"each rank's compiled code may order otherwise; use {remedy}, or train.compile=false"
+            )
+    if config.dropout:
+        raise UserError(
+            "train.compile: with tensor ranks, dropout masks come from generators that cannot be compiled, "
+            "and nothing checks them; use model.dropout=0.0, or train.compile=false"
+        )
+
+
 def _check_hf(recipe: "Recipe") -> None:
     parallel = recipe.parallel
     if parallel.pipeline > 1:
@@ -80,6 +102,11 @@ def _check_hf(recipe: "Recipe") -> None:
         raise UserError(
             "parallel.sequence: DeepSpeed's AutoTP, which shards models of family hf, leaves the sequence "
             "whole; take the key out"
+        )
+    if parallel.tensor > 1 and recipe.train.compile:
+        raise UserError(
+            "train.compile: the collectives of DeepSpeed's AutoTP, which shards models of family hf, are "
+            "not checked in compiled code; use train.compile=false, or parallel.tensor=1"
         )
 
 

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from launch.ds_json.deepspeed_reader import in_words, quiet
 from launch.ds_json.finding import Finding, error, shown, warning
@@ -228,9 +229,13 @@ def parameter() -> Any:
 
 
 def why_not(make: Callable[[], object]) -> str:
-    """Why something cannot be made; empty if it can."""
+    """Why an optimizer or a schedule cannot be made; empty if it can."""
+    from torch.optim import Optimizer
+
+    # What torch wraps around it imports the compiler, which takes longer than the rest of the check.
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
     try:
-        with quiet():
+        with quiet(), mock.patch.object(Optimizer, "add_param_group", add_param_group):
             make()
     except Exception as problem:  # it computes with values of any kind
         return in_words(problem)

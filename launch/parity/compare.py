@@ -95,8 +95,9 @@ def tolerances_of(recipe: Recipe, ds_config: dict[str, Any]) -> Tolerances:
     from launch.ds_json.view import compute_dtype, memory_efficient_linear
 
     elsewhere = recipe.train.compile or recipe.parallel.tensor > 1
-    # It rounds the product, then the sum with the bias.
-    apart = memory_efficient_linear(ds_config)
+    # Both round the product, then the sum with the bias: DeepSpeed's own linear layer, and a row-parallel
+    # layer, which adds the bias after the sum over the ranks.
+    apart = memory_efficient_linear(ds_config) or recipe.parallel.tensor > 1
     return tolerances(compute_dtype(ds_config), layer_count(recipe), elsewhere, apart)
 
 

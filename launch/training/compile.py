@@ -1,5 +1,7 @@
 """torch.compile for each kind of engine: which parts are compiled and which stay outside."""
 
+from typing import Any
+
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -18,22 +20,29 @@ def gather_whole_blocks(model: GPT) -> None:
     deepspeed.utils.set_z3_leaf_modules(model, [Block])
 
 
-def compile_engine(engine: DeepSpeedEngine) -> None:
+def compile_engine(engine: DeepSpeedEngine, tensor_parallel: int) -> None:
     """Compile the engine's model.
 
     - ZeRO 0 to 2: the whole model, loss included.
     - A pipeline: each block.
     - ZeRO-3: the forward pass of each block. DeepSpeed's hooks, which gather a block's weights
       before it and release them after it, run outside the compiled code: torch must not trace them.
+
+    With `tensor_parallel` above 1, compiled code rounds to 16 bits where eager code does. A
+    row-parallel layer adds its bias after the sum over the ranks; fused with what follows, in fp32,
+    the bias keeps digits that one device rounds away. At GPT 1.3B in bf16 that changed the loss of
+    step 2 by 2% (models/README.md), and the throughput is the same either way.
     """
+    options: Any = {"emulate_precision_casts": True} if tensor_parallel > 1 else None
     if isinstance(engine, PipelineEngine):
         for module in engine.module.modules():
             if isinstance(module, Block):
-                module.compile()
+                module.compile(options=options)
     elif engine.zero_optimization_stage() == 3:
         for module in engine.module.modules():
             if isinstance(module, Block):
                 # Set on the instance, where nn.Module calls it; `module.compile()` includes hooks.
-                object.__setattr__(module, "forward", torch.compile(module.forward))
+                compiled = torch.compile(module.forward, options=options)
+                object.__setattr__(module, "forward", compiled)
     else:
-        engine.compile()
+        engine.compile(compile_kwargs={"options": options})

@@ -78,5 +78,5 @@ def build_engine(
         count_each_parameter_once(engine, topology)
         keep_grad_norm(engine)
     if train.compile:
-        compile_engine(engine)
+        compile_engine(engine, tp.size)
     return engine

@@ -23,9 +23,14 @@ is a column-parallel layer whose input is not wrapped in `copy_to_group`: its we
 right gradient, but everything below it gets only this rank's part.
 
 With a group of one rank, or None, every function returns its input.
+
+Under torch.compile, each collective is an operator (`tensor_parallel::...`): the compiler knows the
+shape of its result and does not look inside. (When torch 2.11 traced `dist.all_reduce` itself, in
+bf16 with NCCL, a model did not learn at all.) All ranks must run the same operators in the same
+order, so the graphs of all ranks must be alike: code may depend on the number of ranks, but a branch
+must not depend on the rank.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +43,10 @@ Group = dist.ProcessGroup | None
 _all_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+# Operators take a group's name, not the group; torch's own functional collectives do the same.
+_c10d: Any = dist.distributed_c10d
+_group_of = _c10d._resolve_process_group
+
 
 def group_size(group: Group) -> int:
     """Number of ranks in a group; 1 for None (this rank alone)."""
@@ -49,64 +58,102 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def _all_reduce(x: Tensor, group: Group) -> Tensor:
-    summed = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(summed, group=group)
-    return summed
+def _all_reduce_eager(x: Tensor, maximum: bool, group_name: str) -> Tensor:
+    result = x.clone(memory_format=torch.contiguous_format)
+    operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
+    dist.all_reduce(result, operation, group=_group_of(group_name))
+    return result
 
 
-def _part(x: Tensor, dim: int, group: Group) -> Tensor:
-    size = group_size(group)
-    if x.shape[dim] % size:
-        raise ValueError(f"dimension {dim} of {list(x.shape)} is no multiple of the {size} ranks")
-    return x.chunk(size, dim)[group_rank(group)].contiguous()
-
-
-def _gather(x: Tensor, dim: int, group: Group) -> Tensor:
-    dim %= x.dim()
-    size = group_size(group)
+def _gather_eager(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
     parts = x.new_empty((size * x.shape[0], *x.shape[1:]))
-    _all_gather_single(parts, x.contiguous(), group=group)
+    _all_gather_single(parts, x.contiguous(), group=_group_of(group_name))
     whole: Tensor = parts.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
     return whole
 
 
-def _reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
-    size = group_size(group)
-    if x.shape[dim] % size:
-        raise ValueError(f"dimension {dim} of {list(x.shape)} is no multiple of the {size} ranks")
-    dim %= x.dim()
+def _reduce_scatter_eager(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
     parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
     mine = torch.empty_like(parts[0])
-    _reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
+    _reduce_scatter_single(mine, parts.flatten(0, 1), group=_group_of(group_name))
     return mine
 
 
-def _run(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+_all_reduce_operator = torch.library.custom_op(
+    "tensor_parallel::all_reduce", _all_reduce_eager, mutates_args=()
+)
+_gather_operator = torch.library.custom_op(
+    "tensor_parallel::gather", _gather_eager, mutates_args=()
+)
+_reduce_scatter_operator = torch.library.custom_op(
+    "tensor_parallel::reduce_scatter", _reduce_scatter_eager, mutates_args=()
+)
+
+
+@_all_reduce_operator.register_fake
+def _(x: Tensor, maximum: bool, group_name: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_gather_operator.register_fake
+def _(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
+    return x.new_empty([n * size if d == dim else n for d, n in enumerate(x.shape)])
+
+
+@_reduce_scatter_operator.register_fake
+def _(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
+    return x.new_empty([n // size if d == dim else n for d, n in enumerate(x.shape)])
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup, maximum: bool = False) -> Tensor:
+    """The sum (or the maximum) over the ranks, as a new tensor of any shape. No gradient."""
+    run = _all_reduce_operator if torch.compiler.is_compiling() else _all_reduce_eager
+    return run(x, maximum, group.group_name)
+
+
+def _gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    run = _gather_operator if torch.compiler.is_compiling() else _gather_eager
+    return run(x, dim % x.dim(), group_size(group), group.group_name)
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    _check_divides(x, dim, group)
+    run = _reduce_scatter_operator if torch.compiler.is_compiling() else _reduce_scatter_eager
+    return run(x, dim % x.dim(), group_size(group), group.group_name)
+
+
+def _part(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    _check_divides(x, dim, group)
+    return x.chunk(group_size(group), dim)[group_rank(group)].contiguous()
+
+
+def _check_divides(x: Tensor, dim: int, group: dist.ProcessGroup) -> None:
+    size = group_size(group)
+    if x.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {list(x.shape)} is no multiple of the {size} ranks")
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     apply: Any = function.apply  # torch does not type it
     result: Tensor = apply(*arguments)
     return result
 
 
-# Hidden from torch.compile: when torch 2.11 traced them (bf16, NCCL), a model did not learn at all.
-untraced: Callable[..., Tensor] = torch.compiler.disable(_run)
-
-
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(gradient, ctx.group), None
+        return all_reduce(gradient, ctx.group), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return _all_reduce(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -115,7 +162,7 @@ class _Reduce(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _part(x, dim, group)
 
@@ -126,7 +173,7 @@ class _Scatter(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _gather(x, dim, group)
 
@@ -137,7 +184,7 @@ class _Gather(torch.autograd.Function):
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _gather(x, dim, group)
 
@@ -148,7 +195,7 @@ class _AllGather(torch.autograd.Function):
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _reduce_scatter(x, dim, group)
 
@@ -163,12 +210,12 @@ def copy_to_group(x: Tensor, group: Group) -> Tensor:
     Use it too for a shared weight that ranks apply to different tokens or heads: its gradient is
     then summed over the ranks.
     """
-    return x if group_size(group) == 1 else untraced(_Copy, x, group)
+    return x if group_size(group) == 1 else _apply(_Copy, x, group)
 
 
 def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     """Sum the ranks' partial results. Any shape; same shape out."""
-    return x if group_size(group) == 1 else untraced(_Reduce, x, group)
+    return x if group_size(group) == 1 else _apply(_Reduce, x, group)
 
 
 def scatter_to_group(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -177,7 +224,7 @@ def scatter_to_group(x: Tensor, dim: int, group: Group) -> Tensor:
     Raises:
         ValueError: if dimension `dim` is not divisible by the number of ranks.
     """
-    return x if group_size(group) == 1 else untraced(_Scatter, x, dim, group)
+    return x if group_size(group) == 1 else _apply(_Scatter, x, dim, group)
 
 
 def gather_from_group(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -185,7 +232,7 @@ def gather_from_group(x: Tensor, dim: int, group: Group) -> Tensor:
 
     `[..., n, ...]` to `[..., n * ranks, ...]`.
     """
-    return x if group_size(group) == 1 else untraced(_Gather, x, dim, group)
+    return x if group_size(group) == 1 else _apply(_Gather, x, dim, group)
 
 
 def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -194,7 +241,7 @@ def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
     `[..., n, ...]` to `[..., n * ranks, ...]`. Before a column-parallel layer: dimension 1 of
     `[batch, sequence / ranks, hidden]`.
     """
-    return x if group_size(group) == 1 else untraced(_AllGather, x, dim, group)
+    return x if group_size(group) == 1 else _apply(_AllGather, x, dim, group)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -205,4 +252,4 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     Raises:
         ValueError: if dimension `dim` is not divisible by the number of ranks.
     """
-    return x if group_size(group) == 1 else untraced(_ReduceScatter, x, dim, group)
+    return x if group_size(group) == 1 else _apply(_ReduceScatter, x, dim, group)

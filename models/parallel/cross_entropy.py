@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.parallel.collectives import Group, group_rank, group_size, untraced
+from models.parallel.collectives import Group, all_reduce, group_rank, group_size
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -29,25 +29,27 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None)
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, vocab: int, group: Group
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        vocab: int,
+        group: dist.ProcessGroup,
     ) -> Tensor:
         width = logits.shape[-1]
         first = group_rank(group) * width
         scores = logits.float()
-        if first + width > vocab:  # padding columns are not tokens
+        if width * group_size(group) > vocab:  # padding columns, on the last rank, are not tokens
             padding = torch.arange(first, first + width, device=logits.device) >= vocab
             scores = scores.masked_fill(padding, -torch.inf)
-        largest = scores.amax(-1)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        largest = all_reduce(scores.amax(-1), group, maximum=True)
         odds = (scores - largest.unsqueeze(-1)).exp()
         total = odds.sum(-1)
         mine = (labels >= first) & (labels < first + width)
         column = (labels - first).clamp(0, width - 1).unsqueeze(-1)
         chosen = torch.where(mine, scores.gather(-1, column).squeeze(-1) - largest, 0.0)
         # One collective for both sums.
-        sums = torch.stack((total, chosen))
-        dist.all_reduce(sums, group=group)
-        total, chosen = sums
+        total, chosen = all_reduce(torch.stack((total, chosen)), group)
         ctx.save_for_backward(odds.div_(total.unsqueeze(-1)), mine, column, weights)
         ctx.dtype = logits.dtype
         losses: Tensor = total.log() - chosen
@@ -82,4 +84,6 @@ def vocab_parallel_cross_entropy(
     """
     if group_size(group) == 1:
         return cross_entropy(logits[..., :vocab], labels, weights)
-    return untraced(_VocabParallelCrossEntropy, logits, labels, weights, vocab, group)
+    apply: Any = _VocabParallelCrossEntropy.apply  # torch does not type it
+    total: Tensor = apply(logits, labels, weights, vocab, group)
+    return total

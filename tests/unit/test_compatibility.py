@@ -69,7 +69,26 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("train.compile=true", "deepspeed.config=ds_configs/zero3.json"),
         r"train.compile: .* use train.compile=false, or deepspeed.config=ds_configs/zero2.json",
     ),
-    "compiled tensor ranks": ("zero1", (TENSOR, "train.compile=true"), r"train.compile: .*=false"),
+    "compiled dropout over tensor ranks": (
+        "zero1", (TENSOR, "train.compile=true", "model.dropout=0.1"),
+        r"train.compile: .* use model.dropout=0.0, or train.compile=false",
+    ),
+    "compiled sums of norms' gradients": (
+        "zero1", (TENSOR, SEQUENCE, "train.compile=true"),
+        r"train.compile: .* do not depend on each other, .* use parallel.sequence=false, or",
+    ),
+    "compiled sums of the gradients of norms of keys": (
+        "zero1", (TENSOR, "model.qk_norm=true", "train.compile=true"),
+        r"train.compile: .* do not depend on each other, .* use model.qk_norm=false, or",
+    ),
+    "compiled gathers of a shared head": (
+        "zero1", ("parallel.tensor=4", "model.kv_heads=2", "train.compile=true"),
+        r"train.compile: .* do not depend on each other, .* use parallel.tensor=2, or",
+    ),
+    "compiled AutoTP": (
+        "hf_qwen3_0b6_zero2", (TENSOR, "train.compile=true"),
+        r"train.compile: .* use train.compile=false, or parallel.tensor=1",
+    ),
     "heads": ("zero1", ("parallel.tensor=3",), r"parallel.tensor: 3 ranks do not .* use 2 or 4"),
     "too many key/value heads": (
         "zero1", ("parallel.tensor=4", "model.heads=12", "model.hidden=384", "model.kv_heads=3"),
@@ -108,6 +127,7 @@ def test_what_composes_is_accepted() -> None:
     for stem, overrides in (
         ("zero0", (PIPELINE,)), ("zero1", (PIPELINE, TENSOR)), ("zero3", (TENSOR, SEQUENCE)),
         ("zero2_offload_cpu", (TENSOR,)), ("zero1", ("parallel.tensor=4", "model.kv_heads=2")),
+        ("zero3", (TENSOR, "train.compile=true", "model.dropout=0.0")),
     ):  # fmt: skip
         read(stem, *overrides)
 
