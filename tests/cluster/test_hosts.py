@@ -44,7 +44,11 @@ def each_launcher(first: str) -> list[ParameterSet]:
     return representatives(LAUNCHERS, lambda kind: {kind} & {first})
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("ssh", "zero2"), ("openmpi", "pp2_tp2")])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    # Slurm's nodes train the other layout.
+    [("ssh", "zero2"), pytest.param("openmpi", "pp2_tp2", marks=pytest.mark.matrix)],
+)
 def test_two_hosts_train_what_one_trains(
     cluster: Cluster, kind: str, layout: str, tmp_path: Path
 ) -> None:
@@ -111,7 +115,8 @@ def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster, k
     assert f"job {job.id} failed (exit code " in followed.error()
 
 
-@pytest.mark.parametrize("kind", each_launcher("openmpi"))
+@pytest.mark.matrix  # as a node of Slurm
+@pytest.mark.parametrize("kind", LAUNCHERS)
 def test_a_job_whose_host_dies_ends(cluster: Cluster, kind: str) -> None:
     second = cluster.hosts[1]
     job = submit(cluster, kind, recipe(cluster, f"dies_{kind}", steps=MANY), hosts(cluster), gpus=1)
@@ -171,6 +176,7 @@ def with_word(*words: str) -> list[psutil.Process]:
 AGAIN_STEPS = 60
 
 
+@pytest.mark.matrix  # as near the time limit of a Slurm job
 def test_a_job_that_is_asked_to_save_goes_on_when_submitted_again(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -194,21 +200,27 @@ def test_a_job_that_is_asked_to_save_goes_on_when_submitted_again(
     assert (job.run / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("kind", each_launcher("ssh"))
-def test_a_job_is_cancelled_at_whatever_moment_of_its_start(cluster: Cluster, kind: str) -> None:
-    for seconds in (0.0, 1.5, 4.0):
-        file = recipe(cluster, f"early_{kind}", steps=MANY)
-        job = submit(cluster, kind, file, hosts(cluster), gpus=1)
-        time.sleep(seconds)
-        ended = care(cluster, "cancel", job.id)
-        assert ended.code == 0, ended.output
-        wait_for_nothing_left(cluster, seconds=5)
-        assert not with_word(f"{job.run}/job/hostfile")
-        time.sleep(3)  # what was on its way to a host would be there now
-        wait_for_nothing_left(cluster, seconds=0.1)
-        assert "cancelled" in state(cluster, job), state(cluster, job)
+MOMENTS = [pytest.param(kind, after) for after in (1.5, 0.0, 4.0) for kind in LAUNCHERS]
 
 
+@pytest.mark.parametrize(
+    ("kind", "seconds"), representatives(MOMENTS, lambda kind, seconds: {kind, seconds} & {"ssh"})
+)
+def test_a_job_is_cancelled_at_whatever_moment_of_its_start(
+    cluster: Cluster, kind: str, seconds: float
+) -> None:
+    job = submit(cluster, kind, recipe(cluster, "early", steps=MANY), hosts(cluster), gpus=1)
+    time.sleep(seconds)
+    ended = care(cluster, "cancel", job.id)
+    assert ended.code == 0, ended.output
+    wait_for_nothing_left(cluster, seconds=5)
+    assert not with_word(f"{job.run}/job/hostfile")
+    time.sleep(3)  # what was on its way to a host would be there now
+    wait_for_nothing_left(cluster, seconds=0.1)
+    assert "cancelled" in state(cluster, job), state(cluster, job)
+
+
+@pytest.mark.matrix  # as plain srun
 def test_plain_mpirun_starts_one_world(cluster: Cluster, tmp_path: Path) -> None:
     file = write_yaml(tmp_path / "plain.yaml", recipe_values(cluster, steps=2))
     values = [f"run.dir={tmp_path}/run", "train.global_batch_size=4"]

@@ -224,6 +224,7 @@ def test_a_node_without_the_shared_folder_is_told(cluster: Cluster) -> None:
     assert f"{cluster.hosts[1]}: there is no {cluster.folder}/runs" in ended.error()
 
 
+@pytest.mark.matrix  # as on hosts without Slurm
 def test_another_python_on_a_node_is_told(cluster: Cluster) -> None:
     python, other = cluster.folder / "slurm-python", cluster.folder / "slurm-other-python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

@@ -58,7 +58,9 @@ def kinds(case: HFCase) -> set[object]:
 
 
 @pytest.mark.usefixtures("built_ops")
-@pytest.mark.parametrize("case", representatives(CASES, kinds), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", representatives(CASES, kinds, lambda case: case.ranks), ids=lambda case: case.name
+)
 def test_layout_equals_one_device(case: HFCase, bench: Workbench) -> None:
     differences = bench.compare(case)
     assert not [d for d in differences if d.past]

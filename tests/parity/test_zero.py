@@ -36,10 +36,11 @@ def cases() -> list[Case]:
 
 
 def kinds(case: Case) -> Iterator[object]:
-    """Each recipe in both precisions and families, on several ranks; every other setting once."""
+    """Each recipe on several ranks; every other setting once."""
     if case.ranks > 1:
-        yield case.stem, case.precision
-        yield case.stem, case.family
+        yield case.stem
+    yield "precision", case.precision
+    yield "family", case.family
     yield "ranks", case.ranks
     yield "micro batch", case.micro_batch
     yield "clip", case.clip

@@ -50,8 +50,7 @@ def check(seed: dict[str, Any], changes: list[tuple[tuple[str, ...], Any]], rank
     try:
         plan(values, ranks)
     except UserError as error:
-        assert str(error).strip()
-        assert "\n" not in str(error), error
+        assert str(error).strip()  # `failures.end` prints it as one line
 
 
 SETTINGS = (st.sampled_from(SEEDS), CHANGES, st.sampled_from([1, 2, 8, 1024]))
