@@ -70,8 +70,7 @@ def held_weights(engine: DeepSpeedEngine) -> dict[str, Callable[[], Tensor]]:
         return (parameter if master is None else master).detach().float()
 
     return {
-        name: partial(held, parameter)
-        for name, parameter in canonical_names(engine.module).items()
+        name: partial(held, parameter) for name, parameter in canonical_names(engine.module).items()
     }
 
 

@@ -7,19 +7,37 @@ it was right, on every rank and in every micro batch.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from launch.parity.compare import Tolerances
-from launch.parity.recorder import INPUT, PHASES, Cut, Key, Recording
+from launch.config.layout import plan_layout
+from launch.config.schema import Recipe
+from launch.parity import run
+from launch.parity.compare import Tolerances, key_biases, tolerances_of
+from launch.parity.recorder import (
+    BEFORE,
+    INPUT,
+    MICRO_BATCH,
+    OUTPUT,
+    PHASES,
+    STEP,
+    Cut,
+    Key,
+    Recorder,
+    Recording,
+)
+from launch.parity.run import plan_reference, run_reference
+from launch.runtime.local_launcher import run_local_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHOWN = 6  # differences in the table
+SHOWN = 6  # further differences in the report
 
 
 @dataclass(frozen=True)
@@ -41,7 +59,11 @@ class Place:
         ranks = ", ".join(map(str, self.ranks))
         where = f"rank{'s' if len(self.ranks) > 1 else ''} {ranks}"
         quantity = f" ({self.quantity})" if self.quantity else ""
-        apart = "is missing" if math.isinf(self.value) else f"differs by {self.value:.1e}"
+        apart = (
+            "is missing or not a number"
+            if math.isinf(self.value)
+            else f"differs by {self.value:.1e}"
+        )
         phase = "" if self.phase == self.name else f"{self.phase}, "
         return (
             f"step {self.step}, {phase}{where}: {self.name}{quantity} {apart} "
@@ -49,23 +71,101 @@ class Place:
         )
 
 
+def bisect(recipe: Recipe, ranks: int, uneven: bool, steps: int) -> list[Place]:
+    """Run both again for some steps, recorded, and compare; see `differences`.
+
+    The layout is not compiled: nothing could be seen inside of compiled modules.
+
+    Args:
+        recipe: what to run; its `train.steps` is the length of the schedule.
+        ranks: of the layout.
+        uneven: as `plan_reference`.
+        steps: how many to run.
+
+    Raises:
+        UserError: as `run_local_ranks`.
+    """
+    from launch.parity.layout_recorder import load_recording
+
+    values = recipe.model_dump()
+    values["train"]["compile"] = False
+    plan = plan_reference(recipe, plan_layout(recipe, ranks).micro_batch, uneven)
+    recorder = Recorder()
+    run_reference(plan, recorder, steps)
+    with tempfile.TemporaryDirectory(prefix="bisect-") as name:
+        folder = Path(name)
+        run_local_ranks(run.write_recording, ranks, values, folder, uneven, steps)
+        recordings = {rank: load_recording(folder, rank) for rank in range(ranks)}
+        limits = tolerances_of(recipe, plan.ds_config)
+        return differences(recorder.recording, recordings, limits, key_biases(recipe))
+
+
+def report(places: list[Place], compiled: bool) -> str:
+    """What `--bisect` prints: the first place, what that says, and the next few."""
+    if not places:
+        return (
+            "bisect: not compiled, the layout agrees with one device: the difference needs "
+            "train.compile=true"
+            if compiled
+            else "bisect: activations, gradients and weights are all within their bounds; what is past "
+            "its own is a sum of smaller differences"
+        )
+    first, rest = places[0], places[1 : 1 + SHOWN]
+    lines = [f"bisect: {first}", f"        {MEANING[_meaning(first)]}"]
+    if first.name.count("."):
+        lines[1] = lines[1].replace("its parent", first.name.rpartition(".")[0])
+    lines += [f"then    {place}" for place in rest]
+    if hidden := len(places) - 1 - len(rest):
+        lines.append(f"        and {hidden} more in step {first.step}")
+    return "\n".join(lines)
+
+
+MEANING = {
+    BEFORE: "the layout starts from other weights than one device, or a shard is not the rank's own",
+    "batch": "the ranks are not given the samples of one device's batch",
+    "forward "
+    + INPUT: "what is before it is right: look at what its parent does before it calls it",
+    "forward " + OUTPUT: "its input is right: look into the module, and at its copy of the weights",
+    "loss": "the forward pass is right: look at the loss, its denominator, and its sum over the ranks",
+    "backward gradient of "
+    + OUTPUT: "what comes after it is right: look at what its parent does with "
+    "its output, and at what sends the gradient back",
+    "backward gradient of "
+    + INPUT: "the gradient of its output is right: look into its backward pass",
+    "parameter gradients": "activations have their gradients: look at how those of weights are summed, "
+    "over micro batches, ranks and tied copies",
+    "grad norm": "the gradients are right: look at which ranks count which of them",
+    "learning rate": "look at the schedule, and at when it is stepped",
+    "first moments": "gradients and their norm are right: look at the clip, and at the optimizer",
+    "weights": "what the optimizer is given is right: look at its step, and at weight decay",
+}
+
+
+def _meaning(place: Place) -> str:
+    passes = place.phase in ("forward", "backward")
+    return f"{place.phase} {place.quantity}" if passes else place.phase
+
+
 def bounds(key: Key, dims: int, limits: Tolerances) -> float:
     """The largest difference of a recorded tensor that rounding explains.
 
-    Batches and initial weights are the same bits. Activations and their gradients round like
-    matrices; the gradients of vectors are sums over all tokens, as the vectors themselves.
+    Batches and initial weights are the same bits. A gradient in 16 bits may be off by
+    4 x 1.03^layers x eps, as in Megatron-LM's test: twice the bound of matrices. Activations get the
+    same. The loss of a micro batch is a mean over few tokens, whose errors do not cancel as well.
     """
-    if key.phase in ("batch", "weights before"):
+    if key.phase in ("batch", BEFORE):
         return 0.0
     if key.phase == "loss":
-        first = key.step == 1 and key.quantity == "of the step"
+        first = key.step == 1 and key.quantity == STEP
+        if key.quantity == MICRO_BATCH:
+            return 10 * limits.loss
         return limits.first_loss if first else limits.loss
     if key.phase == "grad norm":
         return limits.grad_norm
     if key.phase == "learning rate":
         return 1e-12
     if key.phase in ("forward", "backward"):
-        return limits.matrices
+        return 2 * limits.matrices
     return limits.matrices if dims >= 2 else limits.vectors
 
 
@@ -75,67 +175,70 @@ def differences(
     limits: Tolerances,
     free_rows: Mapping[str, slice],
 ) -> list[Place]:
-    """All places at which a rank differs from the reference, the first one first.
+    """The places of the first step at which a rank differs from the reference, the first one first.
 
     `free_rows` (see `launch.parity.compare.key_biases`) are left out, with the keys that they move.
     """
-    order = {_place_key(key): i for i, key in reversed(list(enumerate(reference.tensors)))}
-    found: dict[tuple[int, str, str, str], dict[int, tuple[float, float]]] = {}
-    for rank, recording in ranks.items():
-        for key, expected, got in _pairs(reference, recording, free_rows):
-            bound = bounds(key, expected.dim(), limits)
-            value = _apart(expected, got)
-            if not value <= bound:
-                worst = found.setdefault((key.step, *key[1:4]), {})
-                worst[rank] = max(worst.get(rank, (0.0, 0.0)), (value, bound))
-    places = [
-        Place(*place, tuple(sorted(by_rank)), *max(by_rank.values()))
-        for place, by_rank in found.items()
-    ]
-    return sorted(
-        places, key=lambda p: (p.step, PHASES.index(p.phase), order[p.phase, p.name, p.quantity])
-    )
+    order: dict[tuple[str, str, str], int] = {}
+    for key in reference.tensors:
+        order.setdefault(_kind(key), len(order))
+    steps = sorted({key.step for key in reference.tensors})
+    for step in steps:
+        found: dict[tuple[str, str, str], dict[int, tuple[float, float]]] = {}
+        for rank, recording in ranks.items():
+            for key, expected, got in pairs(reference, recording, step, free_rows):
+                bound = bounds(key, expected.dim(), limits)
+                value = distance(expected, got)
+                if not value <= bound:
+                    worst = found.setdefault(_kind(key), {})
+                    worst[rank] = max(worst.get(rank, (0.0, 0.0)), (value, bound))
+        if found:
+            return [
+                Place(step, *kind, tuple(sorted(found[kind])), *max(found[kind].values()))
+                for kind in sorted(found, key=lambda kind: (PHASES.index(kind[0]), order[kind]))
+            ]
+    return []
 
 
-def _place_key(key: Key) -> tuple[str, str, str]:
+def _kind(key: Key) -> tuple[str, str, str]:
     return key.phase, key.name, key.quantity
 
 
-def _pairs(
-    reference: Recording, recording: Recording, free_rows: Mapping[str, slice]
+def pairs(
+    reference: Recording, recording: Recording, step: int, free_rows: Mapping[str, slice]
 ) -> Iterator[tuple[Key, "Tensor", "Tensor | None"]]:
-    """What a rank has computed, or should have, beside the same part of the reference."""
+    """What a rank has computed in a step, beside the same part of the reference.
+
+    The second is None for what the rank should have, and has not: a gradient that never came.
+    """
     data_rank, data_size = recording.place["data"]
-    seen = {_place_key(key) for key in recording.tensors}
-    modules = {key.name for key in recording.tensors if key.phase == "forward"}
+    seen = {_kind(key) for key in recording.tensors}
+    seen |= {
+        ("backward", name, f"gradient of {of}") for phase, name, of in seen if phase == "forward"
+    }
     for key, whole in reference.tensors.items():
-        micro_batch, other = divmod(key.micro_batch, data_size)
-        of_step = key.phase not in ("batch", "forward", "backward") and not (
-            key.quantity == "of a micro batch"
-        )
-        if not of_step and other != data_rank:
+        if key.step != step or _kind(key) not in seen:
             continue
-        own = recording.tensors.get(key._replace(micro_batch=micro_batch))
-        expected_here = _place_key(key) in seen or (
-            key.phase == "backward" and key.name in modules
-        )
+        own_key = key
+        if key.phase in ("batch", "forward", "backward") or key.quantity == MICRO_BATCH:
+            micro_batch, other = divmod(key.micro_batch, data_size)
+            if other != data_rank:
+                continue
+            own_key = key._replace(micro_batch=micro_batch)
+        own = recording.tensors.get(own_key)
         if own is None:
-            if expected_here:
-                yield key, whole, None
+            yield key, whole, None
             continue
-        free = free_rows.get(key.name) or free_rows.get(f"{key.name}.bias")
-        part = _part(_without(key, whole, free), own.shape, recording, key)
+        rows = free_rows.get(key.name) or free_rows.get(f"{key.name}.bias")
+        part = _part(_without(key, whole, rows), own.shape, recording, key.name)
         if part is not None:
             yield key, part, own
 
 
 def _without(key: Key, whole: "Tensor", rows: slice | None) -> "Tensor":
-    """The reference with NaN where nothing is to be compared."""
-    if rows is None or not whole.is_floating_point():
-        return whole
-    if key.phase == "forward" and (key.quantity == INPUT or key.step == 1):
-        return whole
-    if key.phase == "backward":
+    """The reference with NaN where there is nothing to compare: key biases, and keys that have one."""
+    of_keys = key.phase == "forward" and key.quantity == OUTPUT and key.step > 1
+    if rows is None or not (of_keys or key.phase in ("weights", "first moments")):
         return whole
     left = whole.clone()
     left[..., rows] = math.nan
@@ -143,14 +246,14 @@ def _without(key: Key, whole: "Tensor", rows: slice | None) -> "Tensor":
 
 
 def _part(
-    whole: "Tensor", shape: Iterable[int], recording: Recording, key: Key
+    whole: "Tensor", shape: Sequence[int], recording: Recording, name: str
 ) -> "Tensor | None":
-    """What a rank should hold of a tensor, given the shape of what it holds; None: not known.
+    """What a rank should hold of a tensor, by the shape of what it does hold; None: not known.
 
-    This is written anew, not taken from `Shard.cut`, which may be what is wrong.
+    Written anew and not taken from `Shard.cut`, which may be what is wrong.
     """
     rank, size = recording.place["tensor"]
-    cut = recording.cuts.get(key.name)
+    cut = recording.cuts.get(name)
     for dim, local in enumerate(shape):
         full = whole.shape[dim]
         if local == full:
@@ -158,8 +261,8 @@ def _part(
         if cut and sum(cut.parts or cut.sizes) == full:
             whole = _cut_part(whole, dim, cut, rank, size)
         elif full % local == 0:
-            chunks = full // local  # fewer than ranks where ranks share a key/value head
-            whole = whole.narrow(dim, rank * chunks // size * local, local)
+            # Fewer pieces than ranks: ranks that share a key head.
+            whole = whole.narrow(dim, rank * (full // local) // size * local, local)
         else:
             return None
     return whole
@@ -178,15 +281,20 @@ def _cut_part(whole: "Tensor", dim: int, cut: Cut, rank: int, size: int) -> "Ten
     return torch.cat(pieces, dim)
 
 
-def _apart(expected: "Tensor", got: "Tensor | None") -> float:
+def distance(expected: "Tensor", got: "Tensor | None") -> float:
+    """The norm of the difference over the norm of `expected` (absolute, if that is 0).
+
+    NaN in `expected` count for nothing; NaN in `got`, or nothing at all, is infinitely far away.
+
+    For integers, the share of those that differ.
+    """
     if got is None:
         return math.inf
     if not expected.is_floating_point():
         return float((got != expected).float().mean())
-    expected, got = expected.double(), got.double().view_as(expected)
-    counted = ~expected.isnan()
-    apart = float((got[counted] - expected[counted]).norm())
-    size = float(expected[counted].norm())
-    if math.isnan(apart):
-        return math.inf
-    return apart / size if size else apart and math.inf
+    apart = got.view_as(expected) - expected
+    if bool((ignored := expected.isnan()).any()):
+        apart, expected = apart[~ignored], expected[~ignored]
+    change = float(torch.linalg.vector_norm(apart, dtype=torch.float64))
+    size = float(torch.linalg.vector_norm(expected, dtype=torch.float64))
+    return math.inf if math.isnan(change) else change / (size or 1.0)

@@ -1,18 +1,23 @@
 """Record what one rank of a layout computes; see `recorder.py`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from launch.checkpoint.full_weights import canonical_names, held_weights, is_hf, master_weights
+from launch.data.batch import MicroBatch
 from launch.deepspeed_patches.optimizer_state import link_every_group
 from launch.ds_json.view import block
 from launch.parity.recorder import (
-    BATCH_FIELDS,
+    BEFORE,
+    MICRO_BATCH,
     OUTPUT,
+    Cut,
+    Key,
     Recorder,
     Recording,
     cut_of,
@@ -47,7 +52,8 @@ class LayoutRecorder(Recorder):
             self._watch_whole(model)
         for name, parameter in canonical_names(model).items():
             self._put_cut(name, parameter)
-        self._put_weights("weights before", step=1)
+        self.put_buffers(model.model if is_hf(model) else model)
+        self._put_weights(BEFORE, step=1)
         take_model_step = self.engine._take_model_step
 
         def recorded(*arguments: Any) -> None:
@@ -66,14 +72,17 @@ class LayoutRecorder(Recorder):
     def save(self, folder: Path, rank: int) -> None:
         """Write the recording for `load_recording`."""
         found = self.recording
-        cuts = {name: tuple(cut) for name, cut in found.cuts.items()}
-        tensors = {tuple(key): tensor for key, tensor in found.tensors.items()}
-        torch.save([tensors, cuts, found.place], folder / f"rank{rank}.pt")
+        tensors = {json.dumps(key): tensor.contiguous() for key, tensor in found.tensors.items()}
+        save_file(tensors, folder / f"rank{rank}.safetensors")
+        (folder / f"rank{rank}.json").write_text(json.dumps([found.cuts, found.place]))
 
     def _watch_whole(self, model: nn.Module) -> None:
         modules = modules_to_watch(model.model if is_hf(model) else model)
+        self._leave_out_shared_keys(modules)
         self.watch(model, modules)
-        model.register_forward_pre_hook(lambda m, given: self.put_batch(given))
+        model.register_forward_pre_hook(
+            lambda m, given: self.put_batch(**MicroBatch(*given)._asdict())
+        )
         for name, module in modules.items():
             self._put_cut(name, getattr(module, "weight", None))
         backward = self.engine.backward
@@ -91,6 +100,7 @@ class LayoutRecorder(Recorder):
             for name, module in model.named_modules()
             if name not in ("", "tied_modules")
         }
+        self._leave_out_shared_keys(modules)
         if last and model.config.tied:
             # The last layer is a function of the embedding's weight, not a module.
             model.register_forward_hook(lambda m, given, out: self.see("output", OUTPUT, out))
@@ -105,19 +115,25 @@ class LayoutRecorder(Recorder):
 
             def recorded(logits: Tensor, target: tuple[Tensor, ...]) -> Tensor:
                 labels, _, *weights = target
-                self.put_batch((labels, *weights), BATCH_FIELDS[1:3])
+                self.put_batch(labels=labels, loss_weights=weights[0] if weights else None)
                 loss: Tensor = right(logits, target)
                 self._put_loss(loss)
                 return loss
 
             model.loss_fn = recorded
 
+    def _leave_out_shared_keys(self, modules: dict[str, nn.Module]) -> None:
+        # Ranks that share a key head each have the gradient of their own queries alone.
+        if getattr(getattr(self.engine.module, "tp", None), "key_value_group", None) is not None:
+            for name in [name for name in modules if name.endswith("key_norm")]:
+                del modules[name]
+
     def _put_stage_input(self, given: Any) -> None:
         tokens, positions = given if isinstance(given, tuple) else (given, None)
-        self.put_batch((tokens, positions), (BATCH_FIELDS[0], BATCH_FIELDS[3]))
+        self.put_batch(tokens=tokens, positions=positions)
 
     def _put_loss(self, loss: Tensor) -> None:
-        self.put("loss", "loss", loss / self.shares, "of a micro batch", self.micro_batch)
+        self.put("loss", "loss", loss / self.shares, MICRO_BATCH, self.micro_batch)
 
     def _put_cut(self, name: str, parameter: object) -> None:
         if cut := cut_of(parameter):
@@ -148,13 +164,12 @@ class LayoutRecorder(Recorder):
         return found
 
 
-def load_recording(file: Path) -> Recording:
+def load_recording(folder: Path, rank: int) -> Recording:
     """Read a recording that `LayoutRecorder.save` wrote."""
-    from launch.parity.recorder import Cut, Key
-
-    tensors, cuts, place = torch.load(file, weights_only=True)
+    tensors = load_file(folder / f"rank{rank}.safetensors")
+    cuts, place = json.loads((folder / f"rank{rank}.json").read_text())
     return Recording(
-        {Key(*key): tensor for key, tensor in tensors.items()},
-        {name: Cut(*cut) for name, cut in cuts.items()},
-        place,
+        {Key(*json.loads(key)): tensor for key, tensor in tensors.items()},
+        {name: Cut(dim, tuple(parts), tuple(sizes)) for name, (dim, parts, sizes) in cuts.items()},
+        {axis: (coordinate, size) for axis, (coordinate, size) in place.items()},
     )

@@ -26,9 +26,9 @@ from launch.data.batch import Batch, MicroBatch
 from launch.parity.reference import Reference
 from launch.training.train_step import StepResult
 
-# In the order in which a step computes them. "weights" of step 0 are the initial ones.
-PHASES = (
-    "weights before",
+BEFORE = "weights before"  # the first step, and buffers
+PHASES = (  # in the order in which a step computes them
+    BEFORE,
     "batch",
     "forward",
     "loss",
@@ -40,7 +40,7 @@ PHASES = (
     "weights",
 )
 INPUT, OUTPUT = "its input", "its output"
-BATCH_FIELDS = ("tokens", "labels", "loss weights", "positions")
+MICRO_BATCH, STEP = "of a micro batch", "of the step"
 
 
 class Key(NamedTuple):
@@ -106,11 +106,26 @@ class Recorder:
         copied = torch.as_tensor(tensor).detach().to("cpu", copy=True)
         self.recording.tensors[key] = copied.float() if copied.is_floating_point() else copied
 
-    def put_batch(self, fields: tuple[Any, ...], names: tuple[str, ...] = BATCH_FIELDS) -> None:
-        """Keep what the model is given in this micro batch."""
-        for name, tensor in zip(names, fields, strict=False):
-            if tensor is not None:
-                self.put("batch", name, tensor, micro_batch=self.micro_batch)
+    def put_batch(self, **fields: Tensor | None) -> None:
+        """Keep what the model is given in this micro batch: fields of a `MicroBatch`.
+
+        None stands for what it means: each label counts 1, each row is one document.
+        """
+        for name, tensor in fields.items():
+            if tensor is None:
+                tokens = next(t for t in fields.values() if t is not None)
+                weights = name == "loss_weights"
+                tensor = (
+                    torch.ones(tokens.shape)
+                    if weights
+                    else torch.arange(tokens.shape[1]).expand_as(tokens)
+                )
+            self.put("batch", name.replace("_", " "), tensor, micro_batch=self.micro_batch)
+
+    def put_buffers(self, model: nn.Module) -> None:
+        """Keep a model's initial buffers, such as the frequencies of rotary positions."""
+        for name, buffer in model.named_buffers():
+            self.put(BEFORE, name, buffer, step=1)
 
     def watch(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         """Record the inputs and outputs of `modules`, and their gradients, when `root` runs."""
@@ -206,7 +221,7 @@ class RecordedReference(Reference):
         super().__init__(model, ds_config, train)
         self.recorder = recorder
         self.recorder.watch(self.model, modules_to_watch(self.model))
-        self._put_weights("weights before", step=1)
+        self._put_weights(BEFORE, step=1)
         self.total = 1.0
         self._right_loss = self.loss
         self.loss = self._recorded_loss
@@ -233,22 +248,23 @@ class RecordedReference(Reference):
 
     def _recorded_loss(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         loss = self._right_loss(model, batch)
-        self.recorder.put_batch(batch)
+        self.recorder.put_batch(**batch._asdict())
         micro_batch = self.recorder.micro_batch
-        self.recorder.put("loss", "loss", loss / self.total, "of a micro batch", micro_batch)
+        self.recorder.put("loss", "loss", loss / self.total, MICRO_BATCH, micro_batch)
         return loss
 
     def _named_masters(self) -> list[tuple[str, Tensor]]:
         return list(zip(canonical_names(self.model), self.masters, strict=True))
 
     def _put_weights(self, phase: str, step: int | None = None) -> None:
+        if phase == BEFORE:
+            self.recorder.put_buffers(self.model)
         for name, master in self._named_masters():
             self.recorder.put(phase, name, master, step=step)
 
 
 def put_results(recorder: Recorder, result: StepResult) -> None:
     """Keep the numbers of a step."""
-    recorder.put("loss", "loss", result.loss, "of the step")
+    recorder.put("loss", "loss", result.loss, STEP)
     recorder.put("grad norm", "grad norm", result.grad_norm)
     recorder.put("learning rate", "learning rate", torch.tensor(result.learning_rate).double())
-

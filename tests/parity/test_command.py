@@ -50,7 +50,7 @@ def test_two_ranks_agree_with_one_device(tmp_path: Path, weights: tuple[str, ...
 def faulty_write_layout_record(values: dict[str, object], file: Path, uneven: bool) -> None:
     """Run in each rank by `test_a_fault_ends_with_exit_code_1`."""
     from launch.parity.run import write_layout_record
-    from tests.parity.test_faults import gradients_not_divided_by_the_accumulation_steps
+    from tests.parity.faults.zero import gradients_not_divided_by_the_accumulation_steps
 
     gradients_not_divided_by_the_accumulation_steps()
     write_layout_record(values, file, uneven)
