@@ -1,5 +1,7 @@
 """The optimizer's state that DeepSpeed shows of each parameter group."""
 
+from typing import Any
+
 from tests.deepspeed_patches.raw import initialize, repaired
 from tests.ranks import run_ranks
 
@@ -10,7 +12,8 @@ def groups_with_their_state() -> list[bool]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     model = torch.nn.Linear(4, 4)
-    optimizer = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}])
+    groups: list[dict[str, Any]] = [{"params": [model.weight]}, {"params": [model.bias]}]
+    optimizer = torch.optim.AdamW(groups)
     engine = initialize(
         model,
         {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True},

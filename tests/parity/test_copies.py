@@ -16,7 +16,7 @@ import pytest
 from launch.config.layout import plan_layout
 from tests.parity.cases import STEPS, Case, Workbench
 from tests.parity.faults.pipeline import tied_gradients_not_summed
-from tests.parity.faults.tensor import norms_of_other_tokens_not_summed
+from tests.parity.faults.sequence import norms_of_other_tokens_not_summed
 from tests.parity.kinds import KINDS, axes_of
 from tests.parity.planting import Fault
 from tests.ranks import run_ranks

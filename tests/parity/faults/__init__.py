@@ -19,8 +19,19 @@ them, and where they are seen instead:
   all.
 """
 
-from tests.parity.faults import data, hf, model, optimizer, pipeline, tensor, workarounds, zero
+from tests.parity.faults import (
+    clip,
+    data,
+    hf,
+    model,
+    optimizer,
+    pipeline,
+    sequence,
+    tensor,
+    workarounds,
+    zero,
+)
 
-ONE_MODEL = [*model.FAULTS, *zero.FAULTS, *optimizer.FAULTS, *data.FAULTS]
-SHARDED = [*tensor.FAULTS, *pipeline.FAULTS, *hf.FAULTS, *workarounds.FAULTS]
+ONE_MODEL = [fault for kind in (model, zero, clip, optimizer, data) for fault in kind.FAULTS]
+SHARDED = [fault for kind in (tensor, sequence, pipeline, hf, workarounds) for fault in kind.FAULTS]
 FAULTS = [*ONE_MODEL, *SHARDED]

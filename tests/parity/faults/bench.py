@@ -11,8 +11,8 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from launch.config.load import recipe_from_dict
-from launch.parity.bisect import Place, differences
 from launch.parity.compare import compare, key_biases, tolerances_of
+from launch.parity.places import Place, differences
 from launch.parity.run import TrainingRecord, plan_reference, run_layout, run_reference
 from tests.parity.faults.seeded import Fault, Seeded
 from tests.parity.kinds import axes_of

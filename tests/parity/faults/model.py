@@ -196,7 +196,7 @@ def labels_shifted_twice() -> None:
 
     right = vars(gpt)["vocab_parallel_cross_entropy"]
 
-    def wrong(logits: Tensor, labels: Tensor, *arguments: Any) -> Tensor:
+    def wrong(logits: Tensor, labels: Tensor, *arguments: Any) -> Any:
         return right(logits, labels.roll(-1, -1), *arguments)
 
     plant(gpt, "vocab_parallel_cross_entropy", wrong)
@@ -207,7 +207,7 @@ def loss_summed_in_bf16() -> None:
 
     right = vars(gpt)["vocab_parallel_cross_entropy"]
 
-    def wrong(logits: Tensor, *arguments: Any) -> Tensor:
+    def wrong(logits: Tensor, *arguments: Any) -> Any:
         return right(logits.bfloat16(), *arguments)
 
     plant(gpt, "vocab_parallel_cross_entropy", wrong)

@@ -115,7 +115,7 @@ def schedule_stepped_by_each_rank() -> None:
 
     right = vars(engine)["learning_rate_factor"]
 
-    def wrong(schedule: Any, step: int, steps: int) -> float:
+    def wrong(schedule: Any, step: int, steps: int) -> Any:
         return right(schedule, step * dist.get_world_size(), steps)
 
     plant(engine, "learning_rate_factor", wrong)

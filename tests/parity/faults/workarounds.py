@@ -54,7 +54,7 @@ def hpz_let_through() -> None:
     right = vars(setup)["resolve"]
 
     def wrong(*arguments: Any) -> dict[str, Any]:
-        found = right(*arguments)
+        found: dict[str, Any] = right(*arguments)
         found["zero_optimization"]["zero_hpz_partition_size"] = 2
         return found
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tests.parity.cases import Case
@@ -10,9 +9,7 @@ from tests.parity.faults.seeded import (
     FEW_ROWS,
     LOSS_1,
     LOSS_2,
-    LOSS_3,
     NORM_1,
-    NORM_2,
     WEIGHTS,
     Seeded,
 )
@@ -118,45 +115,6 @@ def data_and_tensor_ranks_confused() -> None:
     plant(Topology, "get_data_parallel_group", lambda self: self.groups["tensor"])
 
 
-def clipped_on_the_local_norm() -> None:
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    right = DeepSpeedZeroOptimizer.unscale_and_clip_grads
-
-    def wrong(self: Any, gradients: Any, total_norm: Any) -> Any:
-        return right(self, gradients, torch.nn.utils.get_total_norm(gradients))
-
-    plant(DeepSpeedZeroOptimizer, "unscale_and_clip_grads", wrong)
-
-
-def clipped_twice() -> None:
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    right = DeepSpeedZeroOptimizer.unscale_and_clip_grads
-
-    def wrong(self: Any, gradients: Any, total_norm: Any) -> None:
-        for _ in range(2):
-            right(self, gradients, total_norm)
-
-    plant(DeepSpeedZeroOptimizer, "unscale_and_clip_grads", wrong)
-
-
-def not_clipped() -> None:
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    plant(DeepSpeedEngine, "clip_fp32_gradients", lambda self: None)
-
-
-def each_gradient_clipped_by_its_own_norm() -> None:
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    def wrong(self: Any) -> None:
-        for parameter in self.module.parameters():
-            torch.nn.utils.clip_grad_norm_([parameter], self.gradient_clipping())
-
-    plant(DeepSpeedEngine, "clip_fp32_gradients", wrong)
-
-
 def tied_weight_updated_twice() -> None:
     from launch.training import engine
 
@@ -168,20 +126,6 @@ def tied_weight_updated_twice() -> None:
         return built
 
     plant(engine, "build_engine", wrong)
-
-
-def tied_weight_twice_in_the_norm() -> None:
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    def wrong(self: Any) -> None:
-        named = self.module.named_parameters(remove_duplicate=False)
-        gradients = [parameter.grad for _, parameter in named]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        torch.nn.utils.clip_grads_with_norm_(
-            self.module.parameters(), self.gradient_clipping(), norm
-        )
-
-    plant(DeepSpeedEngine, "clip_fp32_gradients", wrong)
 
 
 def weights_not_gathered_after_the_step() -> None:
@@ -278,10 +222,6 @@ FAULTS = [
         FIRST,
         ranks=(1, 3),
     ),
-    Seeded(clipped_on_the_local_norm, ZERO2_ON_2, LOSS_3, MOMENTS, FIRST, ranks=(0, 1)),
-    Seeded(clipped_twice, ZERO1, NORM_2, MOMENTS, FIRST),
-    Seeded(not_clipped, ZERO0, NORM_2, MOMENTS, FIRST),
-    Seeded(each_gradient_clipped_by_its_own_norm, ZERO0, LOSS_3, MOMENTS, FIRST),
     Seeded(
         tied_weight_updated_twice,
         ZERO1,
@@ -290,7 +230,6 @@ FAULTS = [
         FIRST,
         more=((Case("zero1", 1, "bf16"), NORM_1),),
     ),
-    Seeded(tied_weight_twice_in_the_norm, ZERO0, LOSS_3, MOMENTS, FIRST),
     Seeded(
         weights_not_gathered_after_the_step,
         ZERO2_ON_2,
