@@ -63,9 +63,9 @@ def bounds(key: Key, dims: int, limits: Tolerances) -> float:
         return limits.grad_norm
     if key.phase == "learning rate":
         return 1e-12
-    if key.phase in ("forward", "backward"):
-        return 2 * limits.matrices
-    return limits.matrices if dims >= 2 else limits.vectors
+    if key.phase == "weights" or (dims < 2 and key.phase not in ("forward", "backward")):
+        return limits.matrices if dims >= 2 else limits.vectors
+    return 2 * limits.matrices
 
 
 def differences(

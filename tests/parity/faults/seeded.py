@@ -28,6 +28,7 @@ class Seeded:
         step: at which it appears.
         ranks: on which it appears.
         changes: for `Case.recipe`.
+        refused: without the fault, this case is an error.
         missed: why `--bisect` names another place; empty: it names this one.
         more: further cases, and what is seen first in them.
     """
@@ -41,6 +42,7 @@ class Seeded:
     step: int = 1
     ranks: tuple[int, ...] = (0,)
     changes: dict[str, Any] | None = None
+    refused: bool = False
     missed: str = ""
     more: tuple[tuple[Case, str], ...] = field(default=())
 

@@ -8,7 +8,7 @@ from typing import Any
 from launch.config.load import recipe_from_dict
 from launch.config.schema import Recipe
 from tests.parity.cases import Case
-from tests.parity.faults.seeded import FEW_ROWS, LOSS_1, LOSS_2, NORM_1, Seeded
+from tests.parity.faults.seeded import FEW_ROWS, LOSS_1, LOSS_2, NORM_1, WEIGHTS, Seeded
 from tests.parity.hf_cases import SIZES, HFCase
 from tests.parity.kinds import OFFLOAD, PP2, TP2
 from tests.parity.planting import plant
@@ -118,8 +118,8 @@ FAULTS = [
         r"model\.layers\.0\.self_attn\.[qk]_norm\.weight", ranks=BOTH,
     ),
     Seeded(
-        model_that_autotp_cuts_wrongly_let_through, Apertus("zero1", 2), NORM_1,
-        "parameter gradients", r"model\.layers\.0\.mlp\.act_fn\.\w+", ranks=BOTH,
+        model_that_autotp_cuts_wrongly_let_through, Apertus("zero1", 2), WEIGHTS,
+        "parameter gradients", r"model\.layers\.0\.mlp\.act_fn\.\w+", ranks=BOTH, refused=True,
     ),
     Seeded(
         hpz_let_through, Case("zero3", 4, overrides=(FEW_ROWS, TP2)), LOSS_1, "forward",
