@@ -138,9 +138,13 @@ class GPTPipeline(PipelineModule):
         A tied copy has the embedding's name. Parameters are as this rank holds them: sharded ones
         carry `parameter.shard`.
         """
+        for name, parameter in self.named_parameters():
+            yield self.canonical_name(name), parameter
+
+    def canonical_name(self, name: str) -> str:
+        """The single-device name of one of this stage's layers, or of what is in it."""
         prefixes = ["embedding.token", "embedding.position"]
         prefixes += [f"blocks.{i}" for i in range(self.config.layers)] + ["norm", "output"]
-        for name, parameter in self.named_parameters():
-            layer, _, rest = name.removeprefix("tied_modules.").partition(".")
-            prefix = prefixes[0] if layer == _TIED_KEY else prefixes[int(layer)]
-            yield f"{prefix}.{rest}", parameter
+        layer, dot, rest = name.removeprefix("tied_modules.").partition(".")
+        prefix = prefixes[0] if layer == _TIED_KEY else prefixes[int(layer)]
+        return f"{prefix}{dot}{rest}"

@@ -6,6 +6,10 @@ Runs K steps of the recipe in plain PyTorch on one device, without DeepSpeed, an
 recipe's own layout on N ranks, with the same initial weights and batches. Exit code 0: all losses,
 gradient norms and final weights agree within rounding; 1: they do not; 2: error in the recipe or
 command line.
+
+With --bisect, a comparison that fails is followed by where it first does: both runs are repeated up to
+that step, with every module's output and its gradient, and one line names the first module (or the
+batch, the loss, a parameter's gradient, the norm, the optimizer's step), its step and its ranks.
 """
 
 import sys
@@ -37,10 +41,11 @@ EXIT_DIFFERENT = 1
 MOST_STEPS = 10  # rounding errors grow with each step; the tolerances are set for this many
 
 
-def check(recipe: Recipe, ranks: int, out: Path, uneven: bool) -> bool:
+def check(recipe: Recipe, ranks: int, out: Path, uneven: bool, find: bool = False) -> bool:
     """Run both, print the table, save the plot; return whether all is within tolerance.
 
-    `uneven` gives labels different loss weights (`launch/parity/weights.py`).
+    `uneven` gives labels different loss weights (`launch/parity/weights.py`). With `find`, say where a
+    difference begins (`launch/parity/bisect.py`).
 
     Raises:
         UserError: for a recipe that does not fit the ranks or cannot be compared, or a failed rank.
@@ -51,7 +56,7 @@ def check(recipe: Recipe, ranks: int, out: Path, uneven: bool) -> bool:
     from launch.config.resolve import resolve
     from launch.ds_json.view import compute_dtype
     from launch.parity.compare import compare, key_biases, tolerances_of
-    from launch.parity.report import save_picture, table, verdict
+    from launch.parity.report import first_step_past, save_picture, table, verdict
     from launch.parity.run import (
         check_comparable,
         plan_reference,
@@ -83,7 +88,12 @@ def check(recipe: Recipe, ranks: int, out: Path, uneven: bool) -> bool:
     save_picture(differences, name, picture)
     Console(width=None if sys.stdout.isatty() else 120).print(table(reference, differences))
     print(verdict(differences))
-    print(f"picture: {picture}")
+    print(f"picture: {picture}", flush=True)
+    if find and differences[-1].past:
+        from launch.parity.bisect import bisect, report
+
+        steps = first_step_past(differences) or recipe.train.steps
+        print(report(bisect(recipe, ranks, uneven, steps), recipe.train.compile))
     return not differences[-1].past
 
 
@@ -106,6 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="count labels unequally, as fine-tuning does: in some micro batches 3 of them, or none",
     )
+    parser.add_argument(
+        "--bisect",
+        action="store_true",
+        help="where parity fails, run again and name the first module, rank and step that differ",
+    )
     add_recipe_arguments(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="for the picture; default: runs/parity/<recipe>"
@@ -120,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(given.config, [*given.set, f"train.steps={given.steps}"])
         ranks = choose_ranks(given.ranks, recipe.parallel.model_parallel_size)
         out = given.out or ROOT / "runs" / "parity" / recipe.name
-        return 0 if check(recipe, ranks, out, given.uneven_loss_weights) else EXIT_DIFFERENT
+        holds = check(recipe, ranks, out, given.uneven_loss_weights, given.bisect)
+        return 0 if holds else EXIT_DIFFERENT
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -54,24 +55,44 @@ def is_hf(model: nn.Module) -> "TypeGuard[HFCausalLM]":
     return hf is not None and isinstance(model, hf.HFCausalLM)
 
 
+def held_weights(engine: DeepSpeedEngine) -> dict[str, Callable[[], Tensor]]:
+    """What this rank holds of each parameter, by canonical name: a function that returns it in fp32.
+
+    That is the master weight where there is one: whole, or this tensor rank's shard. Under ZeRO each
+    call is a collective of the data parallel ranks.
+    """
+    masters = {id(weight): master for weight, master in master_weights(engine)}
+
+    def held(parameter: nn.Parameter) -> Tensor:
+        master = masters.get(id(parameter))
+        if master is None:
+            master = safe_get_full_fp32_param(parameter)
+        return (parameter if master is None else master).detach().float()
+
+    return {
+        name: partial(held, parameter) for name, parameter in canonical_names(engine.module).items()
+    }
+
+
+def master_weights(engine: DeepSpeedEngine) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter with its fp32 master, where stage 0 keeps one."""
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        for weights, kept in zip(
+            engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True
+        ):
+            yield from zip(weights, kept, strict=True)
+
+
 def full_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
     """Yield each full parameter in fp32 (the master weight, if there is one), one at a time.
 
     Every rank must consume the whole iterator: each item is a collective if ZeRO, tensor or
     pipeline parallelism shards the model. The order is that of the model on one device.
     """
-    masters: dict[int, Tensor] = {}
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        for weights, kept in zip(
-            engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True
-        ):
-            masters |= {id(weight): master for weight, master in zip(weights, kept, strict=True)}
+    parameters, held = canonical_names(engine.module), held_weights(engine)
 
-    def local(parameter: nn.Parameter) -> Tensor:
-        master = masters.get(id(parameter))
-        if master is None:
-            master = safe_get_full_fp32_param(parameter)
-        whole = (parameter if master is None else master).detach().float()
+    def local(name: str) -> Tensor:
+        parameter, whole = parameters[name], held[name]()
         shard: Shard | None = getattr(parameter, "shard", None)
         if shard is None:
             return gather_tp_shards(engine, parameter, whole)
@@ -80,12 +101,11 @@ def full_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
         dist.all_gather(shards, whole.contiguous(), group=group)
         return shard.merge(shards)
 
-    held = canonical_names(engine.module)
     if isinstance(engine, PipelineEngine):
-        yield from _over_stages(engine, held, local)
+        yield from _over_stages(engine, list(parameters), local)
     else:
-        for name, parameter in held.items():
-            yield name, local(parameter)
+        for name in parameters:
+            yield name, local(name)
 
 
 def _tensor_group(engine: DeepSpeedEngine) -> dist.ProcessGroup:
@@ -96,18 +116,18 @@ def _tensor_group(engine: DeepSpeedEngine) -> dist.ProcessGroup:
 
 def _over_stages(
     engine: PipelineEngine,
-    held: dict[str, nn.Parameter],
-    local: Callable[[nn.Parameter], Tensor],
+    held: list[str],
+    local: Callable[[str], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """Broadcast each parameter from the first stage that holds it to all stages."""
     grid = engine.grid
     group = grid.get_pipe_parallel_group()
     holders: list[list[str]] = [[] for _ in range(engine.num_stages)]
-    dist.all_gather_object(holders, list(held), group=group)
+    dist.all_gather_object(holders, held, group=group)
     for name, shape in whole_shapes(engine.module).items():
         stage = next(s for s, names in enumerate(holders) if name in names)
         if engine.stage_id == stage:
-            whole = local(held[name]).contiguous()
+            whole = local(name).contiguous()
         else:
             whole = torch.empty(shape, device=engine.device)
         dist.broadcast(whole, grid.stage_to_global(stage), group=group)

@@ -103,11 +103,7 @@ class Reference:
             loss_sum += loss.item()
             if self.mixed:
                 self._move_gradients_to_masters()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip) if self.clip else None
-        if norm is None:
-            norm = torch.nn.utils.get_total_norm(
-                [m.grad for m in self.masters if m.grad is not None]
-            )
+        norm = self.clip_gradients()
         self.optimizer.step()
         if self.mixed:
             with torch.no_grad():
@@ -115,6 +111,12 @@ class Reference:
                     weight.copy_(master)
         self.step_number += 1
         return StepResult(loss_sum, float(norm), learning_rate)
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients by their global norm, and return the norm before that."""
+        if self.clip:
+            return torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
+        return torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
 
     def _move_gradients_to_masters(self) -> None:
         for weight, master in zip(self.weights, self.masters, strict=True):

@@ -63,13 +63,25 @@ def verdict(differences: list[Difference]) -> str:
             f"parity holds: {len(differences)} comparisons; the worst, {worst.quantity} at "
             f"{worst.where}, uses {100 * worst.share:.2g}% of its tolerance"
         )
-    by_step = [d for d in past if d.quantity in ("loss", "grad norm")]
-    first = min(by_step, key=lambda d: int(d.where.split()[1]), default=worst)
+    first = min(_by_step(past), key=_step, default=worst)
     return (
         f"parity FAILS: {len(past)} of {len(differences)} comparisons are past their tolerance; the "
         f"first is {first.quantity} at {first.where}: {first.value:.1e}, and {first.tolerance:.1e} is "
         "allowed"
     )
+
+
+def first_step_past(differences: list[Difference]) -> int | None:
+    """The first step with a loss or grad norm past its tolerance; None if only weights are."""
+    return min((_step(d) for d in _by_step(differences) if d.past), default=None)
+
+
+def _by_step(differences: list[Difference]) -> list[Difference]:
+    return [d for d in differences if d.quantity in ("loss", "grad norm")]
+
+
+def _step(difference: Difference) -> int:
+    return int(difference.where.split()[1])
 
 
 def save_picture(differences: list[Difference], title: str, file: Path) -> None:

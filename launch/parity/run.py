@@ -19,6 +19,7 @@ from launch.training.setup import RunPlan, local_engine, plan_run
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from launch.parity.recorder import Recorder
     from launch.training.train_step import StepResult
 
 
@@ -109,41 +110,68 @@ def plan_reference(recipe: Recipe, micro_batch: int | None = None, uneven: bool 
     return plan_run(recipe.on_one_device(micro_batch), 1, weights=weights)
 
 
-def run_reference(plan: RunPlan) -> TrainingRecord:
-    """Run the steps on one device, without DeepSpeed; on the GPU if there is one."""
+def run_reference(
+    plan: RunPlan, recorder: "Recorder | None" = None, steps: int | None = None
+) -> TrainingRecord:
+    """Run the steps on one device, without DeepSpeed; on the GPU if there is one.
+
+    With `recorder`, what they compute on the way is in it afterwards. `steps`: only so many.
+    """
     import torch
 
     from launch.ds_json.view import training_dtype
+    from launch.parity.recorder import RecordedReference
     from launch.parity.reference import Reference
     from launch.parity.reference_model import reference_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = reference_model(plan.recipe, training_dtype(plan.ds_config), device)
-    reference = Reference(model, plan.ds_config, plan.recipe.train)
-    steps = [reference.train_step(plan.batch(step)) for step in range(plan.recipe.train.steps)]
+    settings = model, plan.ds_config, plan.recipe.train
+    reference = RecordedReference(recorder, *settings) if recorder else Reference(*settings)
+    results = [
+        reference.train_step(plan.batch(step)) for step in range(steps or plan.recipe.train.steps)
+    ]
     weights = {name: tensor.cpu() for name, tensor in reference.full_weights().items()}
-    return TrainingRecord.of(steps, weights)
+    return TrainingRecord.of(results, weights)
 
 
-def run_layout(values: dict[str, Any], scratch: Path, uneven: bool = False) -> TrainingRecord:
+def run_layout(
+    values: dict[str, Any],
+    scratch: Path,
+    uneven: bool = False,
+    record_to: Path | None = None,
+    steps: int | None = None,
+) -> TrainingRecord:
     """Run the recipe's steps as one rank of a layout; every rank calls it in its own process.
 
-    The arguments and errors are those of `launch.training.setup.local_engine` and `plan_reference`.
+    With `record_to`, a folder, each rank writes there what it computes on its way
+    (`layout_recorder.py`). `steps`: only so many. The other arguments and the errors are those of
+    `launch.training.setup.local_engine` and `plan_reference`.
     """
     loss_weights = uneven_weights(recipe_from_dict(values)) if uneven else None
     with local_engine(values, scratch, loss_weights) as local:
         from launch.checkpoint.full_weights import full_weights
         from launch.training.train_step import train_step
 
-        steps = [
-            train_step(local.engine, local.batch(step))
-            for step in range(local.plan.recipe.train.steps)
-        ]
+        recorder = None
+        if record_to:
+            from launch.parity.layout_recorder import LayoutRecorder
+
+            recorder = LayoutRecorder(local)
+        results = []
+        for step in range(steps or local.plan.recipe.train.steps):
+            if recorder:
+                recorder.begin(step + 1)
+            results.append(train_step(local.engine, local.batch(step)))
+            if recorder:
+                recorder.end(results[-1])
+        if recorder and record_to:
+            recorder.save(record_to, local.ranks.rank)
         weights: dict[str, Tensor] = {}
         for name, tensor in full_weights(local.engine):
             if local.ranks.is_main:
                 weights[name] = tensor.to("cpu", copy=True)
-    return TrainingRecord.of(steps, weights)
+    return TrainingRecord.of(results, weights)
 
 
 def write_layout_record(values: dict[str, Any], file: Path, uneven: bool = False) -> None:
@@ -154,6 +182,11 @@ def write_layout_record(values: dict[str, Any], file: Path, uneven: bool = False
 
     if os.environ["RANK"] == "0":
         torch.save(vars(trace), file)
+
+
+def write_recording(values: dict[str, Any], folder: Path, uneven: bool, steps: int) -> None:
+    """Run a rank's first steps, and write what it computes on its way into a folder."""
+    run_layout(values, folder, uneven, folder, steps)
 
 
 def read_record(file: Path) -> TrainingRecord:

@@ -1,12 +1,10 @@
 """How the tests plant a fault inside the ranks, and what they look for."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from launch.parity.compare import Difference
-from launch.parity.run import TrainingRecord, run_layout
 
 Fault = Callable[[], None]
 
@@ -14,14 +12,6 @@ Fault = Callable[[], None]
 def plant(owner: Any, name: str, wrong: Any) -> None:
     """Put `wrong` in the place of a function, for the rest of this process."""
     mock.patch.object(owner, name, wrong).start()  # the process ends with the run
-
-
-def faulty_layout(
-    fault: Fault, values: dict[str, Any], scratch: Path, uneven: bool
-) -> TrainingRecord:
-    """Run in each rank: plant the fault, then be a rank like any other."""
-    fault()
-    return run_layout(values, scratch, uneven)
 
 
 def first_seen(differences: list[Difference]) -> list[str]:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from launch.errors import UserError
+from launch.parity.bisect import report
 from launch.paths import ROOT
 from launch.runtime.local_launcher import run_local_ranks
 from scripts import parity as command
@@ -38,9 +39,10 @@ def run(*given: str) -> subprocess.CompletedProcess[str]:
     "weights", [pytest.param((), marks=pytest.mark.matrix), ("--uneven-loss-weights",)]
 )
 def test_two_ranks_agree_with_one_device(tmp_path: Path, weights: tuple[str, ...]) -> None:
-    done = run(*arguments(tmp_path), "--ranks", "2", *weights)
+    done = run(*arguments(tmp_path), "--ranks", "2", "--bisect", *weights)
     assert done.returncode == 0, done.stderr
     assert "parity holds" in done.stdout
+    assert "bisect" not in done.stdout
     rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
     assert sum("grad norm" in row and "step" in row for row in rows) >= 2
     assert "the worst" in rows[-1]
@@ -48,21 +50,50 @@ def test_two_ranks_agree_with_one_device(tmp_path: Path, weights: tuple[str, ...
 
 
 def faulty_write_layout_record(values: dict[str, object], file: Path, uneven: bool) -> None:
-    """Run in each rank by `test_a_fault_ends_with_exit_code_1`."""
+    """Run in each rank by `test_a_fault_ends_with_exit_code_1_and_its_place`."""
     from launch.parity.run import write_layout_record
-    from tests.parity.test_faults import gradients_not_divided_by_the_accumulation_steps
+    from tests.parity.faults.model import causal_mask_shifted
 
-    gradients_not_divided_by_the_accumulation_steps()
+    causal_mask_shifted()
     write_layout_record(values, file, uneven)
 
 
-def test_a_fault_ends_with_exit_code_1(
+def faulty_write_recording(
+    values: dict[str, object], folder: Path, uneven: bool, steps: int
+) -> None:
+    """The same with a recording."""
+    from launch.parity.run import write_recording
+    from tests.parity.faults.model import causal_mask_shifted
+
+    assert steps == 1, "the first step with a difference is the last one to record"
+    causal_mask_shifted()
+    write_recording(values, folder, uneven, steps)
+
+
+def test_a_fault_ends_with_exit_code_1_and_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("launch.parity.run.write_layout_record", faulty_write_layout_record)
-    assert command.main([*arguments(tmp_path), "--ranks", "1"]) == command.EXIT_DIFFERENT
-    assert "parity FAILS" in (printed := capsys.readouterr().out)
-    assert "grad norm at step 1" in printed
+    monkeypatch.setattr("launch.parity.run.write_recording", faulty_write_recording)
+    given = [*arguments(tmp_path), "--ranks", "1", "--bisect"]
+    assert command.main(given) == command.EXIT_DIFFERENT
+    printed = capsys.readouterr().out
+    assert "parity FAILS" in printed
+    assert "loss at step 1" in printed
+    first, meaning, *then = printed[printed.index("bisect: ") :].splitlines()
+    assert first.startswith(
+        "bisect: step 1, forward, rank 0: blocks.0.attention.out (its input) differs by "
+    )
+    assert "look at what blocks.0.attention does" in meaning
+    assert len(then) == 7
+    assert then[0].startswith(
+        "then    step 1, forward, rank 0: blocks.0.attention.out (its output)"
+    )
+
+
+def test_a_difference_that_only_a_compiled_model_has() -> None:
+    assert "needs train.compile=true" in report([], compiled=True)
+    assert "within their bounds" in report([], compiled=False)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -15,12 +15,10 @@ import pytest
 
 from launch.config.layout import plan_layout
 from tests.parity.cases import STEPS, Case, Workbench
+from tests.parity.faults.pipeline import tied_gradients_not_summed
+from tests.parity.faults.sequence import norms_of_other_tokens_not_summed
 from tests.parity.kinds import KINDS, axes_of
 from tests.parity.planting import Fault
-from tests.parity.test_parallel_faults import (
-    sequence_parallel_norms_not_reduced,
-    tied_gradients_not_summed,
-)
 from tests.ranks import run_ranks
 from tests.selection import representatives
 
@@ -117,7 +115,7 @@ def test_copies_are_equal_to_the_bit(kind: str, precision: str, bench: Workbench
 def test_norms_that_see_other_tokens_come_apart_where_their_gradients_are_not_summed(
     bench: Workbench,
 ) -> None:
-    _, apart = _apart(KINDS["tp2_sequence"], bench, sequence_parallel_norms_not_reduced)
+    _, apart = _apart(KINDS["tp2_sequence"], bench, norms_of_other_tokens_not_summed)
     assert {"norm.weight", "norm.bias", "blocks.0.mlp_norm.weight"} <= apart
 
 
