@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.parity.cases import DOCUMENTS, Case, Workbench
+from tests.parity.cases import DOCUMENTS, EPS, Case, Workbench
 from tests.parity.hf_cases import HFCase
 from tests.parity.kinds import KINDS, PP2, TP2, axes_of
 from tests.parity.planting import Fault, faulty_layout, first_seen, plant
-from tests.parity.test_layouts import EPS
 from tests.selection import representatives
 
 STEMS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload_cpu")

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from launch.paths import ROOT
-from models.pipeline_schedules import SCHEDULES
 from tests.cluster import test_hosts, test_slow_links, test_slurm
 from tests.cluster.jobs import LAUNCHERS
 from tests.ds_configs import test_json
@@ -19,7 +18,7 @@ from tests.parity import (
     test_parallel_faults,
     test_zero,
 )
-from tests.parity.kinds import KINDS, SEQUENCE, axes_of
+from tests.parity.kinds import KINDS, axes_of
 from tests.recipes import test_recipes
 from tests.resume import test_exact
 from tests.selection import MATRIX, chosen_cases, representatives
@@ -27,7 +26,6 @@ from tests.selection import MATRIX, chosen_cases, representatives
 TINY = {file.stem.removeprefix("gpt_tiny_") for file in (ROOT / "recipes").glob("gpt_tiny_*.yaml")}
 STAGES = {"zero0", "zero1", "zero2", "zero3"}
 PRECISIONS = {"fp32", "bf16"}
-AXES = {"parallel.tensor", "parallel.pipeline"}
 
 
 def firsts(test: Callable[..., Any]) -> list[Any]:
@@ -62,14 +60,7 @@ def test_every_stage_is_compared_in_each_precision() -> None:
     assert {c.stem for c in firsts(test_fp16.test_layout_equals_one_device)} == STAGES - {"zero0"}
 
 
-def test_every_axis_and_schedule_is_compared() -> None:
-    cases = firsts(LAYOUT_TESTS[1])
-    found = {frozenset(axes_of(case) & AXES) for case in cases}
-    assert found >= {frozenset({axis}) for axis in AXES} | {frozenset(AXES)}
-    overrides = {override for case in cases for override in case.overrides}
-    assert any(SEQUENCE.lower() == override.lower() for override in overrides)
-    others = {name for name in SCHEDULES if f"parallel.schedule={name}" not in overrides}
-    assert others == {"1f1b"}, "which is what a case has that names none"
+def test_every_kind_of_layout_is_compared() -> None:
     for test in (
         test_copies.test_copies_are_equal_to_the_bit,
         test_evaluation.test_evaluation_is_that_of_one_device_and_leaves_no_trace,
