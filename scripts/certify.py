@@ -152,6 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="find the compositions anew, after an axis or a rule has changed, and end (minutes)",
     )
     given = parser.parse_args(arguments)
+    # Of the semaphores of ranks that were ended: a line at the end that helps nobody. The process that
+    # prints it takes over our options.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     with one_line_errors():
         if given.cover:
             cover()

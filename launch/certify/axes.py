@@ -34,10 +34,12 @@ AXES: dict[str, tuple[Any, ...]] = {
     "weights": ("equal", "unequal"),  # of the labels, as launch/parity/weights.py has them
     "documents": (False, True),  # attention within them alone
 }
-# What meets in the certificate, where it composes: all triples, and so all pairs; and each ZeRO stage on
-# each layout of ranks in every precision, and with every family.
+# What meets in the certificate, where it composes: all triples, and so all pairs; of the axes that decide
+# how a model is cut and kept, all quadruples; and each ZeRO stage on each layout of ranks in every
+# precision, and with every family.
 TOGETHER = (
     *combinations(AXES, 3),
+    *combinations(("stage", "tensor", "pipeline", "offload", "precision", "data"), 4),
     ("stage", "tensor", "pipeline", "precision", "data"),
     ("stage", "tensor", "pipeline", "family"),
 )

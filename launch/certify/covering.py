@@ -20,7 +20,7 @@ Row = dict[str, Any]
 Combination = tuple[tuple[str, Any], ...]  # axis and value, in the order of the axes
 Axes = Mapping[str, Sequence[Any]]
 Names = tuple[str, ...]
-CANDIDATES = 12  # rows to choose from, each time
+CANDIDATES = 8  # rows to choose from, each time
 # Rows asked about to find out whether some values are refused in all, and the share of changes in them.
 VARIATIONS, CHANGED = 100, 0.25
 
