@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.certify.axes import AXES, TOGETHER, Row, ranks
-from launch.certify.compositions import why_not
+from launch.certify.compositions import HF_FAMILIES, why_not
 from launch.certify.covering import Combination, cover
 from launch.errors import UserError
 
 FILE = Path(__file__).with_name("array.json")
-# A rank more, and a compiled model, as multiples of a composition on one rank: seconds on a CPU.
-COST_OF_A_RANK, COST_OF_COMPILE = 0.5, 10.0
+# A rank more, and a compiled model of ours and of transformers, as multiples of a composition on one rank.
+COST_OF_A_RANK, COST_OF_COMPILE, COST_OF_COMPILE_HF = 0.5, 10.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ class Array:
 
 def cost(row: Row) -> float:
     """About how long a row takes, as a multiple of the shortest."""
-    return (1 + COST_OF_A_RANK * (ranks(row) - 1)) * (COST_OF_COMPILE if row["compile"] else 1.0)
+    alone = 1.0
+    if row["compile"]:
+        alone = COST_OF_COMPILE_HF if row["family"] in HF_FAMILIES else COST_OF_COMPILE
+    return alone * (1 + COST_OF_A_RANK * (ranks(row) - 1))
 
 
 def find() -> Array:
