@@ -48,13 +48,17 @@ def chosen(given: argparse.Namespace) -> list[Row]:
     """
     found = array.load()
     rows = found.rows[: found.core] if given.core else found.rows
-    words = (given.only or "").split()
-    rows = [row for row in rows if set(words) <= {*name(row).split(), f"ranks={ranks(row)}"}]
+    words = set((given.only or "").split())
+    rows = [row for row in rows if words <= _words(row)]
     if not rows:
         raise UserError(
             f"--only {given.only}: no composition has that; write values as --list does: stage=2 tensor=4"
         )
     return rows
+
+
+def _words(row: Row) -> set[str]:
+    return {f"ranks={ranks(row)}", *(f"{axis}={show(value)}" for axis, value in row.items())}
 
 
 def certify(rows: list[Row], jobs: int | None, out: Path) -> int:
