@@ -92,9 +92,12 @@ def certify(rows: list[Row], jobs: int | None, out: Path) -> int:
                 style=None if outcome.status == "holds" else "red",
                 markup=False,
                 highlight=False,
+                soft_wrap=True,
             )
             if outcome.text:
-                bar.console.print(f"  {outcome.text}", markup=False, highlight=False)
+                bar.console.print(
+                    f"  {outcome.text}", markup=False, highlight=False, soft_wrap=True
+                )
             bar.advance(task)
 
         run_all(todo, Path(folder), jobs, devices, add)
