@@ -255,5 +255,5 @@ def why_not(row: Row, folder: Path) -> str | None:
     try:
         planned(row, folder)
     except UserError as error:
-        return str(error).removeprefix(f"{NAME}: ")
+        return str(error).replace(f"{NAME}: ", "")
     return None

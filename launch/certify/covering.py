@@ -91,15 +91,16 @@ class Space:
     def corrected(self) -> bool:
         """Narrow the refusals that were too wide, with all that is known now; whether some were.
 
-        A refusal is too wide if the rows that would have shown it were rejected for other reasons.
+        A refusal is too wide if the rows that would have shown it were rejected for other reasons. One
+        that the others imply is left out.
         """
         before = self.refusals
         for refusal in before:
             self.refusals = [other for other in self.refusals if other is not refusal]
-            if not self.forbids(dict(refusal.values)):
+            if self.without_refusals(dict(refusal.values)) is not None:
                 narrowed = self._with_conditions(dict(refusal.values), refusal.row)
                 self.refusals += self._as_refusals(narrowed, refusal.row, refusal.reason)
-        return {r.values for r in self.refusals} != {r.values for r in before}
+        return not {r.values for r in self.refusals} <= {r.values for r in before}
 
     def completed(self, part: Row) -> Row | None:
         """A row with these values that composes; None if there is none."""

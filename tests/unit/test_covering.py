@@ -78,6 +78,8 @@ def test_what_is_refused_composes_in_no_row_and_is_the_reason(
         of = [row for row in rows if refusal.forbids(row)]
         assert all(rule(row) is not None for row in of), refusal
         assert refusal.reason in {rule(row) for row in of}
+        others = [other for other in found.refusals if other is not refusal]
+        assert any(not any(other.forbids(row) for other in others) for row in of), "it is implied"
     if rule is several_rules:
         assert {refusal.values for refusal in found.refusals} == {
             (("a", 2), ("b", 2)),
