@@ -13,7 +13,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Row = dict[str, Any]
@@ -215,7 +215,7 @@ def cover(
     covering = _cover(space, together, cost)
     while space.corrected():
         covering = _cover(space, together, cost)
-    return covering
+    return replace(covering, refusals=space.refusals)  # without those that others imply
 
 
 def _cover(space: Space, together: Sequence[Names], cost: Callable[[Row], float]) -> Covering:
