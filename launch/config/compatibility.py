@@ -117,6 +117,13 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
         UserError: naming the key, the reason and the nearest layout.
     """
     zero = zero_block(config)
+    if zero_stage(config) == 0 and is_enabled(config, "fp16"):
+        # Adam hides it but for its eps, which small gradients then do not exceed. Proof:
+        # test_rejected.py::test_fp16_at_stage_0_scales_no_loss
+        raise UserError(
+            "fp16.enabled: at ZeRO stage 0 DeepSpeed divides gradients by the loss scale, and never "
+            "multiplies the loss by it; use deepspeed.config=ds_configs/zero1_fp16.json"
+        )
     if zero_stage(config) == 3 and recipe.train.compile:
         _check_compiled_zero3(recipe, zero)
     if layout.grid["tensor"] > 1:

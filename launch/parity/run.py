@@ -54,6 +54,16 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
         UserError: for fp16 with a dynamic loss scale, dropout, or an optimizer other than AdamW; it
             names the override to use.
     """
+    check_reproducible(ds_config)
+    check_no_dropout(recipe)
+
+
+def check_reproducible(ds_config: dict[str, Any]) -> None:
+    """The part of `check_comparable` that needs the resolved JSON alone.
+
+    Raises:
+        UserError: for fp16 with a dynamic loss scale, or an optimizer other than AdamW.
+    """
     import torch
 
     from launch.ds_json.view import block, compute_dtype, is_enabled, optimizer_block
@@ -81,6 +91,14 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
             "optimizer.params.adam_w_mode: the reference decays weights as AdamW does; "
             "use --set deepspeed.optimizer.params.adam_w_mode=true"
         )
+
+
+def check_no_dropout(recipe: Recipe) -> None:
+    """The part of `check_comparable` that needs the model alone, and builds one of family hf.
+
+    Raises:
+        UserError: for dropout.
+    """
     for key, value in _dropouts(recipe).items():
         raise UserError(
             f"{key}: it is {value}, and each rank draws a mask of its own; use --set {key}=0.0"

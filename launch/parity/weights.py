@@ -5,9 +5,11 @@ import numpy.typing as npt
 
 from launch.config.schema import Recipe
 from launch.data.batches import Weights
+from launch.errors import UserError
 
 PARTS = 8  # runs of rows in a global batch: with 8 micro batches, each micro batch is one part
 FEW = 3
+FEWEST_ROWS = 3  # in fewer, there are steps in which no label counts
 
 
 def uneven_weights(recipe: Recipe) -> Weights:
@@ -15,12 +17,20 @@ def uneven_weights(recipe: Recipe) -> Weights:
 
     Of every four parts of the global batch, one has no label that counts, one has 3, one has all,
     and one weights each label between 0 and 2. The kinds rotate from step to step.
+
+    Raises:
+        UserError: for a global batch in which no label would count at some steps.
     """
     rows, length, seed = (
         recipe.train.global_batch_size,
         recipe.data.sequence_length,
         recipe.train.seed,
     )
+    if rows < FEWEST_ROWS:
+        raise UserError(
+            f"train.global_batch_size: with {rows}, uneven loss weights leave steps in which no label "
+            f"counts; use {FEWEST_ROWS} or more"
+        )
 
     def weights(step: int) -> npt.NDArray[np.float32]:
         generator = np.random.default_rng([seed, step])

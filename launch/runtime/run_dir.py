@@ -155,8 +155,8 @@ def environment(world_size: int) -> dict[str, Any]:
         "host": platform.node(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": _git("status", "--porcelain", "--untracked-files=no"),
+        "commit": git("rev-parse", "HEAD"),
+        "changed_files": git("status", "--porcelain", "--untracked-files=no"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -168,7 +168,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What a git command prints in the checkout; None if it fails, or there is no git."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False

@@ -61,3 +61,27 @@ def test_pipe_partitioned_without_grad_partitioned_fails() -> None:
     with pytest.raises(AssertionError):
         run_ranks(train_with_pipe_partitioned_alone, 4)
         pytest.fail(REPAIRED)
+
+
+def step_in_fp16(stage: int) -> float:
+    """How far SGD moves a weight whose gradient is 1, at a learning rate of 1/2 and a loss scale of 16."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    config = {
+        "fp16": {"enabled": True, "loss_scale": 16},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine = initialize(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=0.5))
+    engine.backward(engine(torch.ones(1, 1, dtype=torch.float16)).sum())
+    engine.step()
+    return 1.0 - float(model.weight)
+
+
+def test_fp16_at_stage_0_scales_no_loss() -> None:
+    assert run_ranks(step_in_fp16, 1, 1) == [0.5]
+    assert run_ranks(step_in_fp16, 1, 0) == [0.5 / 16], REPAIRED

@@ -1,4 +1,4 @@
-"""What the config tests train: run in ranks of their own by `tests.ranks.run_ranks`."""
+"""What the config tests train: run in ranks of their own by `run_ranks`."""
 
 import json
 import os

@@ -1,46 +1,36 @@
 """The parity tests' models, batches and settings: small, and every path of DeepSpeed is taken."""
 
 import json
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config.load import load_recipe, recipe_from_dict
+from launch.certify import compositions
+from launch.certify.compositions import (
+    CLIP,
+    FP32_EPS,
+    LEARNING_RATE,
+    LONG,
+    NO_CLIP,
+    SHORT,
+    STEPS,
+    small_parts,
+    write_text,
+)
+from launch.certify.run import plan_plain_reference
+from launch.config.load import load_recipe
 from launch.config.schema import Recipe
 from launch.parity.compare import Difference, compare, key_biases, tolerances_of
-from launch.parity.run import TrainingRecord, plan_reference, run_layout, run_reference
+from launch.parity.run import TrainingRecord, run_layout, run_reference
 from launch.paths import ROOT
 from tests.ranks import run_ranks
 
-STEPS = 4
-LEARNING_RATE = 1e-3
+__all__ = ["CLIP", "NO_CLIP", "STEPS", "write_text"]
+FAMILIES = {name: compositions.FAMILIES[name] for name in ("gpt2", "llama")}
 DOCUMENTS = "data.document_mask=true"
-LONG, SHORT = 80, 2  # words in a document; a row holds several short ones
-CLIP, NO_CLIP = 0.5, 100.0  # half a gradient's norm and less; more than it ever is
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        "size": "tiny", "layers": 2, "hidden": 32, "heads": 4, "context": 16, "position": "learned",
-    },
-    "llama": {
-        "size": "tiny_llama", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 88,
-        "context": 16, "position": "rope",
-    },
-}  # fmt: skip
-
-# Buckets and groups that a model of 20,000 parameters overflows; no parameter stays whole on every
-# rank under ZeRO-3, as those below the threshold do; no gigabytes of buffers for NVMe.
-SMALL_PARTS = {
-    "reduce_bucket_size": 4_000,
-    "allgather_bucket_size": 4_000,
-    "stage3_prefetch_bucket_size": 4_000,
-    "stage3_param_persistence_threshold": 0,
-    "sub_group_size": 12_000,
-    "offload_param.buffer_size": 20_000,
-    "offload_param.buffer_count": 8,
-}
+# For cases in which the usual eps makes rounding too large; by precision.
+EPS = {"fp32": (f"deepspeed.optimizer.params.eps={FP32_EPS}",), "bf16": ()}
 
 
 @dataclass(frozen=True)
@@ -95,13 +85,8 @@ class Case:
         values[f"deepspeed.{block}.enabled"] = self.precision == "bf16"
         if block == "torch_autocast":
             values["deepspeed.torch_autocast.dtype"] = "bfloat16"
-        for key, value in SMALL_PARTS.items():
-            outer, _, inner = key.rpartition(".")
-            if inner in (zero.get(outer, {}) if outer else zero):
-                values[f"deepspeed.zero_optimization.{key}"] = value
-        for outer in ("offload_optimizer", "offload_param"):
-            if "nvme_path" in zero.get(outer, {}):
-                values[f"deepspeed.zero_optimization.{outer}.nvme_path"] = folder / "nvme"
+        for key, value in small_parts(zero, folder).items():
+            values[f"deepspeed.zero_optimization.{key}"] = value
         values |= changes or {}
         given = [f"{key}={value}" for key, value in values.items()]
         return load_recipe(file, [*given, *self.overrides])
@@ -117,10 +102,8 @@ class Workbench:
 
     def reference(self, recipe: Recipe, uneven: bool) -> tuple[TrainingRecord, dict[str, Any]]:
         """The plain loop's trace and JSON, without activation checkpointing whatever the recipe says."""
-        values = recipe.model_dump()
-        values["model"]["checkpoint_activations"] = False
-        plan = plan_reference(recipe_from_dict(values), uneven=uneven)
-        ds_config = plan.ds_config
+        plan = plan_plain_reference(recipe, uneven)
+        ds_config, values = plan.ds_config, plan.recipe.model_dump()
         parts = [values[key] for key in ("model", "data", "train")]
         parts += [
             ds_config.get(key) for key in ("bf16", "fp16", "torch_autocast", "gradient_clipping")
@@ -152,17 +135,3 @@ class Workbench:
         clipped = [norm > case.clip for norm in reference.grad_norms]
         assert all(clipped) if case.clip == CLIP else not any(clipped)
         return compare(reference, layout, tolerances_of(recipe, ds_config), key_biases(recipe))
-
-
-def write_text(folder: Path, words_each: int = LONG) -> Path:
-    """Enough words for every step, the same ones each time, in documents of `words_each`."""
-    file = folder / ("text.jsonl" if words_each == LONG else "short.jsonl")
-    if not file.exists():
-        letters = random.Random(0)
-        words = ["".join(letters.choices("abcdefgh", k=letters.randint(2, 7))) for _ in range(60)]
-        lines = [
-            json.dumps({"text": " ".join(letters.choices(words, k=words_each))})
-            for _ in range(60 * LONG // words_each)
-        ]
-        file.write_text("\n".join(lines))
-    return file

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.certify.compositions import HF_SIZES as SIZES
 from launch.config.load import recipe_from_dict
 from launch.config.schema import Recipe
 from tests.parity.cases import Case
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 16,
-}  # fmt: skip
+__all__ = ["SIZES"]
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
     "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},

@@ -8,10 +8,9 @@ import dataclasses
 
 import pytest
 
-from tests.parity.cases import DOCUMENTS, Case, Workbench
+from tests.parity.cases import DOCUMENTS, EPS, Case, Workbench
 from tests.parity.hf_cases import HFCase
 from tests.parity.kinds import KINDS, axes_of
-from tests.parity.test_layouts import EPS
 from tests.selection import representatives
 
 STEMS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload_cpu")

@@ -1,6 +1,7 @@
 """torch.compile changes no layout's gradients: each equals one device, not compiled, without DeepSpeed.
 
-ZeRO-3 has no persistent parameters here (`SMALL_PARTS`): every weight is gathered and released.
+ZeRO-3 has no persistent parameters here (`SMALL_PARTS` of launch/certify/compositions.py): every weight
+is gathered and released.
 """
 
 import pytest

@@ -2,8 +2,9 @@
 
 import pytest
 
+from launch.certify.run import run_rank
 from tests.parity.cases import Case, Workbench
-from tests.parity.half import fp16, run_layout_in_fp16
+from tests.parity.half import fp16
 from tests.selection import representatives
 
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
@@ -26,5 +27,5 @@ def kinds(case: Case) -> set[str]:
 
 @pytest.mark.parametrize("case", representatives(CASES, kinds), ids=lambda case: case.name)
 def test_layout_equals_one_device(case: Case, bench: Workbench) -> None:
-    differences = bench.compare(case, run_layout_in_fp16)
+    differences = bench.compare(case, run_rank)
     assert not [d for d in differences if d.past]

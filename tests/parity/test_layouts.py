@@ -1,12 +1,10 @@
 """Tensor, pipeline and 3D parallelism equal one device without DeepSpeed.
 
-Three lists: every tiny parallel recipe as it is; a matrix over the ZeRO recipes, in which each two
-features meet; and the settings that a few layouts alone have.
+Two lists: every tiny parallel recipe as it is, and the settings that a few layouts alone have. The
+matrix of features is the certificate: test_certificate.py.
 """
 
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from _pytest.mark import ParameterSet
@@ -16,7 +14,6 @@ from launch.config.schema import Recipe
 from launch.paths import ROOT
 from tests.parity.cases import CLIP, FAMILIES, NO_CLIP, Case, Workbench
 from tests.parity.kinds import OFFLOAD, PP2, TP2
-from tests.parity.pairs import Row, pairs, pairwise
 from tests.selection import representatives
 
 PARALLEL = re.compile(r"tp\d|pp\d|3d")
@@ -44,75 +41,6 @@ def _recipe_cases() -> list[Case]:
                     overrides=("model.layers=5",),
                 )
             )
-    return found
-
-
-# tensor ranks, stages, data parallel size
-DEGREES = ((2, 1, 1), (2, 1, 2), (4, 1, 1), (1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 2, 1))
-FEATURES: dict[str, tuple[Any, ...]] = {
-    "degrees": DEGREES,
-    "stem": (
-        "zero0", "zero1", "zero2", "zero3",
-        "zero2_offload_cpu", "zero3_offload_cpu", "zero3_offload_nvme",
-    ),
-    "precision": PRECISIONS,
-    "family": tuple(FAMILIES),
-    "micro_batch": (1, 2),
-    "clip": (CLIP, NO_CLIP),
-    "checkpoint_activations": (False, True),
-    "sequence": (False, True),
-    "schedule": ("1f1b", "gpipe", "naive"),
-    "partition": ("parameters", "uniform", "type:block"),
-    "layers": (2, 5),
-    "vocab": (320, 321),
-}  # fmt: skip
-
-
-def _possible(row: Row) -> bool:
-    tensor, pipeline, _ = row["degrees"]
-    if pipeline == 1 and (row["schedule"] != "1f1b" or row["partition"] != "parameters"):
-        return False
-    if pipeline > 1 and row["stem"] not in ("zero0", "zero1"):
-        return False
-    return (tensor > 1 or not row["sequence"]) and row["layers"] >= pipeline
-
-
-ROWS = pairwise(FEATURES, _possible)
-
-
-USUAL: dict[str, Any] = {
-    "parallel.tensor": 1, "parallel.pipeline": 1, "parallel.sequence": False,
-    "parallel.schedule": "1f1b", "parallel.partition": "parameters",
-    "model.layers": 2, "model.vocab": 320,
-}  # fmt: skip
-
-# With Adam's eps of 1e-8, an element whose gradient is nearly zero moves by up to a hundredth of a full
-# step for rounding alone. In one of these models, one element of 4096 took its matrix to 6.8e-6 of the
-# norm on two tensor ranks, and to 2.6e-6 on two data parallel ones; the others came to 4.4e-7.
-EPS = {"fp32": ("deepspeed.optimizer.params.eps=1e-7",), "bf16": ()}
-
-
-def _matrix() -> list[Case]:
-    found = []
-    for row in ROWS:
-        tensor, pipeline, data = row["degrees"]
-        degrees = {"parallel.tensor": tensor, "parallel.pipeline": pipeline}
-        values = degrees | {key: row[key.rpartition(".")[2]] for key in USUAL.keys() - degrees}
-        found.append(
-            Case(
-                row["stem"],
-                tensor * pipeline * data,
-                row["precision"],
-                row["family"],
-                row["micro_batch"],
-                row["clip"],
-                row["checkpoint_activations"],
-                (
-                    *(f"{key}={values[key]}" for key in USUAL if values[key] != USUAL[key]),
-                    *EPS[row["precision"]],
-                ),
-            )
-        )
     return found
 
 
@@ -169,30 +97,14 @@ def _kinds_of_a_recipe(case: Case) -> set[object]:
     return {case.stem, case.precision, case.family}
 
 
-def _kinds_of_a_row(case: Case, row: Row) -> Iterator[object]:
-    """Each feature's values; tensor ranks and stages with precision, schedule and sequence."""
-    yield from row.items()
-    tensor, pipeline, _ = row["degrees"]
-    axes = (tensor > 1, pipeline > 1)
-    yield axes, row["precision"]
-    yield axes, row["schedule"]
-    yield axes, row["sequence"]
-
-
 def _kinds_of_a_special(case: Case) -> set[str]:
     """What it sets, whatever the number of ranks."""
     return {override for override in case.overrides if override not in (TP2, PP2)}
 
 
 def _cases() -> list[ParameterSet]:
-    rows = representatives(
-        [pytest.param(case, row) for case, row in zip(_matrix(), ROWS, strict=True)],
-        _kinds_of_a_row,
-        cost=lambda case, row: case.ranks,
-    )
     return [
         *representatives(_recipe_cases(), _kinds_of_a_recipe),
-        *(each._replace(values=each.values[:1]) for each in rows),
         *representatives(SPECIAL, _kinds_of_a_special, cost=lambda case: case.ranks),
     ]
 
@@ -207,17 +119,6 @@ def test_the_tiny_recipes_cover_the_kinds_of_parallelism() -> None:
     assert {r.parallel.schedule for r in recipes} >= {"1f1b", "gpipe"}
     assert any(r.parallel.sequence for r in recipes)
     assert 8 in {case.ranks for case in _recipe_cases()}
-
-
-def test_each_two_features_meet() -> None:
-    met = {pair for row in ROWS for pair in pairs(row)}
-    for stem in FEATURES["stem"]:
-        assert (("degrees", (2, 1, 2)), ("stem", stem)) in met
-        assert (("stem", stem), ("sequence", True)) in met
-    for schedule in FEATURES["schedule"]:
-        for degrees in ((1, 2, 2), (1, 4, 1), (2, 2, 1)):
-            assert (("degrees", degrees), ("schedule", schedule)) in met
-        assert (("sequence", True), ("schedule", schedule)) in met
 
 
 @pytest.mark.usefixtures("built_ops")

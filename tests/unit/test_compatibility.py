@@ -30,6 +30,10 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero0", (PIPELINE, "deepspeed.bf16.enabled=true", "deepspeed.data_types=null"),
         r"bf16.enabled: a pipeline at ZeRO stage 0 .* use deepspeed.config=ds_configs/zero1.json",
     ),
+    "fp16 at stage 0": (
+        "zero0", ("deepspeed.fp16.enabled=true", "deepspeed.data_types=null"),
+        r"fp16.enabled: .* divides gradients by the loss scale.* use .*=ds_configs/zero1_fp16.json",
+    ),
     "no such partition": (
         "zero1", (PIPELINE, "parallel.partition=best"), r"parallel.partition: 'best' is not parameters",
     ),

@@ -54,7 +54,7 @@ FLOORS = (
     ("data", "checkpoint"),
     ("training",),
     ("planner", "parity"),
-    ("perf", "doctor"),
+    ("perf", "doctor", "certify"),
     ("cluster",),
     ("train",),
 )

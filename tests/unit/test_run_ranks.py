@@ -1,4 +1,4 @@
-"""The test harness itself: results, errors, hangs, and that nothing is left behind."""
+"""The fork server that ranks are forks of: results, errors, hangs, and that nothing is left behind."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ import pytest
 
 from launch.errors import UserError
 from launch.paths import ROOT
-from tests import ranks
-from tests.ranks import RankDiedError, RanksTimeoutError, run_ranks
+from launch.runtime import fork_server
+from launch.runtime.fork_server import RankDiedError, RanksTimeoutError, run_ranks
 
 
 def sum_of_ranks(extra: int) -> tuple[int, int]:
@@ -149,15 +149,15 @@ def hang_in_rank_zero(folder: str) -> None:
 def test_a_hung_rank_is_named_with_its_stack_and_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    collect = ranks._collect
+    collect = fork_server._collect
 
-    def once_they_hang(started: list[ranks._Rank], timeout: float) -> None:
+    def once_they_hang(started: list[fork_server._Rank], timeout: float) -> None:
         """The seconds count from here: a slow machine is no hang."""
         while "about to sleep" not in started[0].printed() or not started[1].pipe.poll():
             time.sleep(0.01)
         collect(started, timeout)
 
-    monkeypatch.setattr(ranks, "_collect", once_they_hang)
+    monkeypatch.setattr(fork_server, "_collect", once_they_hang)
     with pytest.raises(RanksTimeoutError) as caught:
         run_ranks(hang_in_rank_zero, 2, str(tmp_path), timeout=3.0)
     message = str(caught.value)
@@ -203,7 +203,8 @@ def test_ranks_end_when_the_tests_are_killed(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(
         f"import sys\nsys.path[0] = {str(ROOT)!r}\n"
-        "from tests.ranks import run_ranks\nfrom tests.unit.test_run_ranks import wait_for_ever\n"
+        "from launch.runtime.fork_server import run_ranks\n"
+        "from tests.unit.test_run_ranks import wait_for_ever\n"
         f"if __name__ == '__main__':\n    run_ranks(wait_for_ever, 2, {str(folder)!r})\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 
 from launch.paths import ROOT
-from models.pipeline_schedules import SCHEDULES
-from tests.cluster import test_hosts, test_slow_links, test_slurm
-from tests.cluster.jobs import LAUNCHERS
+from tests.cluster import test_hosts, test_slurm
 from tests.ds_configs import test_json
 from tests.parity import (
     test_copies,
@@ -21,7 +19,7 @@ from tests.parity import (
 )
 from tests.parity.faults import ONE_MODEL, SHARDED
 from tests.parity.faults.seeded import Seeded
-from tests.parity.kinds import KINDS, SEQUENCE, axes_of
+from tests.parity.kinds import KINDS, axes_of
 from tests.recipes import test_recipes
 from tests.resume import test_exact
 from tests.selection import MATRIX, chosen_cases, representatives
@@ -29,7 +27,6 @@ from tests.selection import MATRIX, chosen_cases, representatives
 TINY = {file.stem.removeprefix("gpt_tiny_") for file in (ROOT / "recipes").glob("gpt_tiny_*.yaml")}
 STAGES = {"zero0", "zero1", "zero2", "zero3"}
 PRECISIONS = {"fp32", "bf16"}
-AXES = {"parallel.tensor", "parallel.pipeline"}
 
 
 def firsts(test: Callable[..., Any]) -> list[Any]:
@@ -58,27 +55,21 @@ LAYOUT_TESTS = (test_zero.test_layout_equals_one_device, test_layouts.test_layou
 
 
 def test_every_stage_is_compared_in_each_precision() -> None:
-    found = {(c.stem, c.precision) for c in firsts(LAYOUT_TESTS[0]) if c.ranks > 1}
-    stems = {stem for stem in TINY if stem.startswith("zero")}
-    assert found == {(stem, precision) for stem in stems for precision in PRECISIONS}
+    found = {c.stem for c in firsts(LAYOUT_TESTS[0]) if c.ranks > 1}
+    assert found == {stem for stem in TINY if stem.startswith("zero")}
+    assert {c.precision for c in firsts(LAYOUT_TESTS[0])} == PRECISIONS
     assert {c.stem for c in firsts(test_fp16.test_layout_equals_one_device)} == STAGES - {"zero0"}
 
 
-def test_every_axis_and_schedule_is_compared() -> None:
-    cases = firsts(LAYOUT_TESTS[1])
-    found = {frozenset(axes_of(case) & AXES) for case in cases}
-    assert found >= {frozenset({axis}) for axis in AXES} | {frozenset(AXES)}
-    overrides = {override for case in cases for override in case.overrides}
-    assert any(SEQUENCE.lower() == override.lower() for override in overrides)
-    others = {name for name in SCHEDULES if f"parallel.schedule={name}" not in overrides}
-    assert others == {"1f1b"}, "which is what a case has that names none"
+def test_every_kind_of_layout_is_compared() -> None:
     for test in (
         test_copies.test_copies_are_equal_to_the_bit,
         test_evaluation.test_evaluation_is_that_of_one_device_and_leaves_no_trace,
     ):
         kinds = {kind.rpartition("-")[0] or kind for kind in firsts(test)}
-        reached = {axis for kind in kinds for axis in axes_of(KINDS[kind]) - PRECISIONS}
-        assert reached == {axis for case in KINDS.values() for axis in axes_of(case) - PRECISIONS}
+        left = PRECISIONS | STAGES  # which the comparisons with one device have
+        reached = {axis for kind in kinds for axis in axes_of(KINDS[kind]) - left}
+        assert reached == {axis for case in KINDS.values() for axis in axes_of(case) - left}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +100,5 @@ def test_every_launcher_and_every_way_to_end_is_tried_on_clusters() -> None:
         test for name, test in vars(test_hosts).items() if name.startswith("test_")
         if [mark.args[:1] for mark in vars(test).get("pytestmark", ())] == [("kind",)]
     ]  # fmt: skip
-    assert len(tests) == 3
-    assert {kind for test in tests for kind in firsts(test)} == set(LAUNCHERS)
+    assert [kind for test in tests for kind in firsts(test)] == ["ssh"]
     assert len(firsts(test_slurm.test_two_nodes_train_what_one_host_trains)) == 1
-    sent = firsts(test_slow_links.test_a_step_sends_what_the_tables_of_traffic_say)
-    assert sent == ["ZeRO-1"]
