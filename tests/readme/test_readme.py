@@ -22,6 +22,7 @@ from tests.recipes.shrink import tiny_hub_model, without_hub
 DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
+    "DEEPSPEED_VERSIONS.md",
     "recipes/README.md",
     "recipes/BENCHMARKS.md",
     "ds_configs/README.md",
