@@ -32,7 +32,6 @@ from launch.versions.reference import (
     FP16_SCALE,
     MOMENTUM,
     optimizers,
-    uses_muon,
 )
 from launch.versions.results import Record, Weights
 
@@ -96,7 +95,8 @@ def _initialize(probe: Probe, model: nn.Module) -> Any:
     arguments: dict[str, Any] = {"model": model, "config": deepspeed_json(probe)}
     if probe.optimizer == "muon":
         for name, parameter in named.items():
-            parameter.use_muon = uses_muon(name, parameter)  # newer versions do this themselves
+            # Its own rule since 0.18.2; before, it takes all matrices, or what it is told to take.
+            parameter.use_muon = parameter.dim() >= 2 and "embed" not in name and "head" not in name
         arguments["model_parameters"] = list(named.values())
     else:
         (arguments["optimizer"],) = optimizers(probe.optimizer, named)
@@ -105,7 +105,10 @@ def _initialize(probe: Probe, model: nn.Module) -> Any:
 
 def _train_engine(probe: Probe, rank: int) -> Record:
     engine = _initialize(probe, Model(probe.shape))
-    record = Record([], [], {})
+    named: dict[str, Any] = dict(engine.module.named_parameters())
+    record = Record(
+        [], [], {}, frozenset(n for n, p in named.items() if getattr(p, "use_muon", False))
+    )
     for step in range(STEPS):
         if probe.overflow == step + 1:
             _step(engine, probe, step, rank, SPIKE)

@@ -18,23 +18,20 @@ SGD_RATE, ADAM_RATE = 0.5, 0.02
 BETAS, EPSILON, MOMENTUM = (0.9, 0.95), 1e-8, 0.95
 
 
-def uses_muon(name: str, parameter: Tensor) -> bool:
-    """Which parameters Muon takes; DeepSpeed since 0.18.0 has the same rule."""
-    return parameter.dim() >= 2 and "embed" not in name and "lm_head" not in name
-
-
-def optimizers(kind: str, masters: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
-    """The optimizers of a probe over fp32 weights by name."""
+def optimizers(
+    kind: str, masters: dict[str, Tensor], muon: frozenset[str] = frozenset()
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a probe over fp32 weights by name; `muon` are those that Muon takes."""
     every = list(masters.values())
     if kind == "sgd":
         return [torch.optim.SGD(every, lr=SGD_RATE)]
     adam: dict[str, Any] = {"lr": ADAM_RATE, "betas": BETAS, "eps": EPSILON, "weight_decay": 0.0}
     if kind == "adamw":
         return [torch.optim.AdamW(every, **adam)]
-    muon = [w for name, w in masters.items() if uses_muon(name, w)]
-    rest = [w for name, w in masters.items() if not uses_muon(name, w)]
+    matrices = [weight for name, weight in masters.items() if name in muon]
+    rest = [weight for name, weight in masters.items() if name not in muon]
     return [
-        torch.optim.Muon(muon, lr=ADAM_RATE, momentum=MOMENTUM, weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=ADAM_RATE, momentum=MOMENTUM, weight_decay=0.0),
         torch.optim.AdamW(rest, **adam),
     ]
 
@@ -46,13 +43,13 @@ def initial_weights(probe: Probe) -> Weights:
     return {name: p.detach().to(dtype).float().numpy() for name, p in named}
 
 
-def train(probe: Probe) -> Record:
+def train(probe: Probe, muon: frozenset[str] = frozenset()) -> Record:
     """Train a probe's model: gradients of all micro batches averaged in fp32, clipped, and one step."""
     dtype = DTYPES[probe.dtype]
     model = Model(probe.shape).to(dtype)
     # DeepSpeed's master weights are copies of the 16-bit weights.
     masters = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-    steppers = optimizers(probe.optimizer, masters)
+    steppers = optimizers(probe.optimizer, masters, muon)
     record = Record([], [], {})
     for step in range(STEPS):
         loss, gradients = _mean_gradients(probe, model, step)

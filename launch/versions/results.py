@@ -19,11 +19,15 @@ EPS = {"fp32": 2.0**-23, "bf16": 2.0**-7, "autocast": 2.0**-7, "fp16": 2.0**-10}
 
 @dataclass
 class Record:
-    """What a run leaves. `norms` holds None where an engine tells no gradient norm."""
+    """What a run leaves. `norms` holds None where an engine tells no gradient norm.
+
+    `muon` names the weights that DeepSpeed gave to Muon: its first versions took more of them.
+    """
 
     losses: list[float]
     norms: list[float | None]
     weights: Weights
+    muon: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

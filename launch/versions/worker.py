@@ -27,7 +27,6 @@ from launch.versions.results import (
     NOT_RUN,
     NOT_THERE,
     WRONG,
-    Difference,
     Record,
     Result,
     Weights,
@@ -43,8 +42,10 @@ Layout = Callable[[Probe, int, str], Record]
 SECONDS = 120.0  # a probe's limit; it takes one or two
 
 
-def _reference(probe: Probe, rank: int, folder: str) -> tuple[Record, Weights]:
-    return reference.train(probe), reference.initial_weights(probe)
+def _reference(
+    probe: Probe, muon: frozenset[str], rank: int, folder: str
+) -> tuple[Record, Weights]:
+    return reference.train(probe, muon), reference.initial_weights(probe)
 
 
 def train_rank(probe: Probe, rank: int, folder: str) -> Record:
@@ -68,9 +69,10 @@ def measure(probe: Probe, layout: Layout = train_rank, limit: float = SECONDS) -
         return result
     begin = time.monotonic()
     try:
-        ((expected, initial),) = run_forked(_reference, 1, (probe,), limit)
-        runs: list[list[Difference]] = []
-        while not runs or (judge(runs[0]) == WRONG and len(runs) < RUNS):
+        ranks = run_forked(layout, probe.ranks, (probe,), limit)
+        ((expected, initial),) = run_forked(_reference, 1, (probe, ranks[0].muon), limit)
+        runs = [compare(probe, initial, expected, ranks)]
+        while judge(runs[0]) == WRONG and len(runs) < RUNS:
             ranks = run_forked(layout, probe.ranks, (probe,), limit)
             runs.append(compare(probe, initial, expected, ranks))
         result.differences, result.status = runs[0], judge(runs[0])
