@@ -125,7 +125,7 @@ def _by_feature(survey: Survey) -> str:
         "A percentage is how far the worst weight's update (all steps together) is off, relative to the",
         'right one: 100% where a weight stayed as it was, or moved twice as far. "norm": the weights are',
         'right, and the gradient norm that DeepSpeed tells is not. "-": the version has no such feature.',
-        'Empty: not measured. "in 1 of 3 runs": repeated, it was right; ZeRO-3 in the older versions is now',
+        'Empty: not measured. "in 1 of 3 runs": repeated, it was right; ZeRO-3 in older versions is now',
         "and then not finite on CPUs. What is right ran once.",
         "",
         _row(["", *survey.versions]),
