@@ -23,6 +23,7 @@ DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     "CERTIFICATE.md",
+    "DEEPSPEED_VERSIONS.md",
     "recipes/README.md",
     "recipes/BENCHMARKS.md",
     "ds_configs/README.md",

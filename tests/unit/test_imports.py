@@ -51,7 +51,7 @@ FLOORS = (
     ("deepspeed_patches",),
     ("config",),
     ("runtime",),
-    ("data", "checkpoint"),
+    ("data", "checkpoint", "versions"),
     ("training",),
     ("planner", "parity"),
     ("perf", "doctor", "certify"),
