@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from launch.ds_json.view import block, is_enabled, zero_block, zero_stage
+from launch.ds_json.view import block, is_enabled, optimizer_block, zero_block, zero_stage
 from launch.errors import UserError
 from models.config import GPTConfig
 
@@ -123,6 +123,11 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
         raise UserError(
             "fp16.enabled: at ZeRO stage 0 DeepSpeed divides gradients by the loss scale, and never "
             "multiplies the loss by it; use deepspeed.config=ds_configs/zero1_fp16.json"
+        )
+    if optimizer_block(config)[0].lower() == "muon" and is_enabled(config, "fp16"):
+        raise UserError(
+            "optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale of the step that made "
+            "it, and is wrong when the scale moves (DEEPSPEED_VERSIONS.md); use bf16"
         )
     if zero_stage(config) == 3 and recipe.train.compile:
         _check_compiled_zero3(recipe, zero)

@@ -47,6 +47,21 @@ def _stage0_precision(facts: Facts) -> Iterator[Finding]:
             'true, "dtype": "bfloat16"}, or stage 1'
         )
         yield warning(f"{facts.precision}.enabled", "stage0-low-precision", message)
+    if facts.precision == "fp16":
+        message = (
+            "stage 0 divides gradients by the loss scale and never multiplies the loss by it, so that "
+            "small gradients count for nothing; use stage 1"
+        )
+        yield warning("fp16.enabled", "stage0-fp16-scale", message)
+
+
+def _muon_in_fp16(facts: Facts) -> Iterator[Finding]:
+    if facts.precision == "fp16" and facts.optimizer.lower() == "muon":
+        message = (
+            "Muon keeps its momentum in the loss scale of the step that made it: when the scale moves, the "
+            "update is wrong; use bf16"
+        )
+        yield warning("optimizer.type", "muon-fp16-scale", message)
 
 
 def _master_weights(facts: Facts) -> Iterator[Finding]:
@@ -170,6 +185,7 @@ def _hugging_face(facts: Facts) -> Iterator[Finding]:
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _precision,
     _stage0_precision,
+    _muon_in_fp16,
     _master_weights,
     _clipping,
     _batch,

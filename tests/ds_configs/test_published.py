@@ -19,13 +19,13 @@ EXPECTED: dict[str, tuple[Rules, Rules]] = {
         ({"auto", "unknown-key"}, {"hf-optimizer", "hf-scheduler"}),
     ),
     "examples_bert_lamb": (
-        ({"removed"}, {"stage0-low-precision"}),
-        ({"removed", "hf-missing"}, {"hf-literal", "stage0-low-precision"}),
+        ({"removed"}, {"stage0-low-precision", "stage0-fp16-scale"}),
+        ({"removed", "hf-missing"}, {"hf-literal", "stage0-low-precision", "stage0-fp16-scale"}),
     ),
     "examples_cifar": (
-        (set(), {"adam-is-adamw", "deprecated", "no-effect", "stage0-low-precision"}),
+        (set(), {"adam-is-adamw", "deprecated", "no-effect", "stage0-low-precision", "stage0-fp16-scale"}),
         (set(), {"adam-is-adamw", "deprecated", "no-effect", "stage0-low-precision",
-                 "hf-literal", "hf-scheduler"}),
+                 "stage0-fp16-scale", "hf-literal", "hf-scheduler"}),
     ),
     "fastchat_z3_mixed": (
         ({"auto"}, set()),

@@ -34,6 +34,14 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero0", ("deepspeed.fp16.enabled=true", "deepspeed.data_types=null"),
         r"fp16.enabled: .* divides gradients by the loss scale.* use .*=ds_configs/zero1_fp16.json",
     ),
+    "Muon in fp16": (
+        "zero1",
+        (
+            "deepspeed.config=ds_configs/zero1_fp16.json",
+            "deepspeed.optimizer={type: Muon, params: {lr: 0.02}}",
+        ),
+        r"optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale .* use bf16",
+    ),
     "no such partition": (
         "zero1", (PIPELINE, "parallel.partition=best"), r"parallel.partition: 'best' is not parameters",
     ),
