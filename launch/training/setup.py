@@ -118,6 +118,13 @@ def check_model(recipe: Recipe, ds_config: dict[str, Any], tokenizer: Tokenizer 
 
 
 def join_ranks(plan: RunPlan, say: Callable[[str], None] = print) -> "tuple[RankInfo, Topology]":
+    """`join_grid` for a run."""
+    return join_grid(plan.recipe, plan.layout, plan.ds_config, say)
+
+
+def join_grid(
+    recipe: Recipe, layout: Layout, ds_config: dict[str, Any], say: Callable[[str], None] = print
+) -> "tuple[RankInfo, Topology]":
     """Build the JSON's ops, connect the ranks, and create the grid's groups. Collective.
 
     Raises:
@@ -127,9 +134,9 @@ def join_ranks(plan: RunPlan, say: Callable[[str], None] = print) -> "tuple[Rank
     from launch.runtime.process_group import init_process_group
     from launch.training.engine import make_topology
 
-    make_parents(plan.ds_config)  # before minutes of compiling
-    build_ops(ops_needed(plan.ds_config), say)
-    return init_process_group(), make_topology(plan.recipe, plan.layout)
+    make_parents(ds_config)  # before minutes of compiling
+    build_ops(ops_needed(ds_config), say)
+    return init_process_group(), make_topology(recipe, layout)
 
 
 class LocalEngine(NamedTuple):
