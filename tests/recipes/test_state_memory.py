@@ -1,0 +1,166 @@
+"""The bytes of weights, gradients and optimizer that the planner states are those of real engines, exactly."""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe
+from launch.config.resolve import resolve
+from launch.config.schema import GPTModel, Recipe
+from launch.data.batch import Batch
+from launch.paths import ROOT
+from launch.planner.shapes import stage_shapes
+from launch.planner.state_memory import State, state
+from models.pipeline_stages import stage_bounds
+from tests.ranks import run_ranks
+from tests.selection import representatives
+
+# Sizes that no number of ranks divides, so that every kind of padding is there.
+GPT = ["model.layers=2", "model.hidden=34", "model.position=learned", "model.heads=2", "model.vocab=321"]
+GPT += ["data.sequence_length=16", "train.micro_batch_size=1", "train.global_batch_size=12"]
+GPT += ["train.schedule.warmup_steps=1", "train.compile=false"]
+LLAMA = [*GPT, "model.norm=rmsnorm", "model.mlp=swiglu", "model.bias=false", "model.tied=false"]
+LLAMA += ["model.qk_norm=true", "model.kv_heads=1", "model.ffn=50"]
+BF16, FP32 = "deepspeed.bf16.enabled=true", "deepspeed.bf16.enabled=false"
+BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=20000"
+ZERO3 = [BUCKET, "deepspeed.zero_optimization.stage3_param_persistence_threshold=200"]
+
+
+def overrides_of(stage: str, layout: str, model: list[str]) -> list[str]:
+    found = [*model, f"deepspeed.config=ds_configs/zero{stage}.json"]
+    if stage == "0":
+        found += ["deepspeed.torch_autocast.enabled=true"]
+    elif stage == "0_fp32":
+        found += [FP32]
+    elif "fp16" in stage:
+        found += ["deepspeed.bf16=null", BUCKET]
+    else:
+        found += [BF16]
+    if stage.startswith("2"):
+        found += [BUCKET]
+    if stage.startswith("3"):
+        found += ZERO3
+    for axis in ("tensor", "pipeline"):
+        if f"{axis} 2" in layout:
+            found.append(f"parallel.{axis}=2")
+    return found
+
+
+def recipe_of(stage: str, layout: str, model: list[str]) -> Recipe:
+    return load_recipe(
+        ROOT / "recipes" / "gpt_tiny_zero1.yaml", overrides_of(stage, layout, model)
+    )
+
+
+def storages(tensors: Iterable[Any]) -> int:
+    """Bytes of the storages behind the tensors, each counted once."""
+    kept = [each for each in tensors if isinstance(each, Tensor)]
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values()
+    )
+
+
+def weights(engine: Any) -> list[Any]:
+    found = [p.data for p in engine.module.parameters()]
+    return found + [getattr(p, "ds_tensor", None) for p in engine.module.parameters()]
+
+
+def optimizer(engine: Any) -> list[Any]:
+    outer = engine.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    found = [value for each in inner.state.values() for value in each.values()]
+    for name in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
+        found += getattr(outer, name, [])
+    return found + getattr(outer, "fp32_partitioned_groups_flat", [])
+
+
+def gradients(engine: Any) -> list[Any]:
+    outer = engine.optimizer
+    found = [p.grad for p in engine.module.parameters()]
+    found += [getattr(p, "grad_accum", None) for p in engine.module.parameters()]
+    found += getattr(outer, "fp32_groups_gradients_flat", [])
+    for each in getattr(outer, "averaged_gradients", {}).values():
+        found += [getattr(each, "flat_partition", None)]
+    return [*found, getattr(outer, "grad_partitions_flat_buffer", None)]
+
+
+def measured(stage: str, layout: str, model: list[str]) -> tuple[int, int, int, int, int]:
+    """This rank's stage, and bytes of weights, gradients, optimizer and of buckets, before an update."""
+    from launch.runtime.process_group import init_process_group
+    from launch.training.engine import build_engine, make_topology
+    from launch.training.train_step import train_step
+
+    recipe = recipe_of(stage, layout, model)
+    ranks = init_process_group()
+    plan = plan_layout(recipe, ranks.world_size)
+    topology = make_topology(recipe, plan)
+    engine: Any = build_engine(recipe, resolve(recipe, plan), ranks, topology)
+    update = engine._take_model_step
+    seen = []
+
+    def watched(*arguments: object) -> None:
+        buckets = getattr(engine.optimizer, "ipg_buckets", {}).values()
+        seen.append(
+            (
+                topology.coordinates["pipeline"],
+                storages(weights(engine)),
+                storages(gradients(engine)),
+                storages(optimizer(engine)),
+                storages(each.buffer for each in buckets if isinstance(each.buffer, Tensor)),
+            )
+        )
+        update(*arguments)
+
+    engine._take_model_step = watched
+    shape = (plan.accumulation, plan.micro_batch, recipe.data.sequence_length)
+    for _ in range(2):
+        ids = torch.randint(0, 257, shape)
+        tokens = float(plan.global_batch * recipe.data.sequence_length)
+        train_step(engine, Batch(ids, ids, None, None, tokens))
+    return seen[1]
+
+
+def expected(recipe: Recipe, ranks: int) -> list[State]:
+    """The planner's state of each stage."""
+    assert isinstance(recipe.model, GPTModel)
+    config, plan = recipe.model.shape, plan_layout(recipe, ranks)
+    bounds = [0, config.layers + 4]
+    if plan.grid["pipeline"] > 1:
+        bounds = stage_bounds(config, plan.grid["pipeline"], recipe.parallel.partition)
+    return [
+        state(
+            stage_shapes(config, plan.grid["tensor"], first, last),
+            resolve(recipe, plan),
+            plan.grid["data"],
+            plan.accumulation,
+        )
+        for first, last in pairwise(bounds)
+    ]
+
+
+LAYOUTS = {"one rank": 1, "data 2": 2, "data 3": 3, "tensor 2": 2, "tensor 2, data 2": 4}
+PIPELINES = {"pipeline 2": 2, "pipeline 2, data 2": 4, "pipeline 2, tensor 2": 4}
+CASES = [
+    *(pytest.param(s, layout) for s in ("0", "0_fp32", "1", "2", "3") for layout in LAYOUTS),
+    *(pytest.param(s, layout) for s in ("0_fp32", "1") for layout in PIPELINES),
+]
+
+
+@pytest.mark.parametrize("model", [GPT, LLAMA], ids=["gpt", "llama"])
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    representatives(
+        CASES, lambda stage, layout: {stage, layout.partition(" ")[0]}, lambda _, layout: len(layout)
+    ),
+)
+def test_state_is_exact_to_the_byte(stage: str, layout: str, model: list[str]) -> None:
+    world_size = {**LAYOUTS, **PIPELINES}[layout]
+    said = expected(recipe_of(stage, layout, model), world_size)
+    for rank in run_ranks(measured, world_size, stage, layout, model):
+        here = said[rank[0]]
+        assert rank[1:] == (here.weights, here.gradients, here.optimizer, here.buffers)
