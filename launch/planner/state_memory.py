@@ -168,7 +168,8 @@ def _zero3(shapes: list[Shape], ds_config: dict[str, Any], data: int) -> State:
     zero, size = zero_block(ds_config), element_size(ds_config)
     parts = {kind: _partition(shapes, kind, data) for kind in (True, False)}
     part = sum(parts.values())
-    small = 0 if data == 1 else size * sum(s.numel for s in shapes if s.numel <= persistent(zero))
+    kept = [s.numel for s in shapes if s.numel <= persistent(zero)]
+    small = 0 if data == 1 else size * sum(_padded(numel, data) for numel in kept)
     limit = int(zero.get("sub_group_size", _SUB_GROUP))
     groups = sum(max(1, -(-n // limit)) for n in parts.values() if n)
     copy = 0 if size == _FP32 else _FP32 * part

@@ -25,7 +25,7 @@ GPT = ["model.layers=2", "model.hidden=34", "model.position=learned", "model.hea
 GPT += ["data.sequence_length=16", "train.micro_batch_size=1", "train.global_batch_size=12"]
 GPT += ["train.schedule.warmup_steps=1", "train.compile=false"]
 LLAMA = [*GPT, "model.norm=rmsnorm", "model.mlp=swiglu", "model.bias=false", "model.tied=false"]
-LLAMA += ["model.qk_norm=true", "model.kv_heads=1", "model.ffn=50"]
+LLAMA += ["model.qk_norm=true", "model.ffn=50"]
 BF16, FP32 = "deepspeed.bf16.enabled=true", "deepspeed.bf16.enabled=false"
 BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=20000"
 ZERO3 = [BUCKET, "deepspeed.zero_optimization.stage3_param_persistence_threshold=200"]
