@@ -39,7 +39,7 @@ class State:
         gradients: all gradients when the update starts.
         always: the part of `gradients` that exists between steps too.
         carried: the part that a micro batch leaves for the next.
-        buffers: communication buffers that exist all the time.
+        buckets: communication buffers that exist all the time.
         backward: communication buffers that exist during the backward pass only.
         update: temporary copies during the update.
     """
@@ -49,7 +49,7 @@ class State:
     gradients: int = 0
     always: int = 0
     carried: int = 0
-    buffers: int = 0
+    buckets: int = 0
     backward: int = 0
     update: int = 0
     host: dict[str, int] = field(default_factory=dict)
@@ -70,9 +70,9 @@ def wrapper(ds_config: dict[str, Any]) -> Wrapper:
     if stage == 0:
         return "torch" if element_size(ds_config) == _FP32 else "unfused"
     wide = dtype_name(accumulation_dtype(ds_config)) == "fp32"
-    if stage == 1 and is_enabled(ds_config, "bf16") and wide:
-        if offload_device(ds_config, "offload_optimizer") == "none":
-            return "bf16"
+    on_device = offload_device(ds_config, "offload_optimizer") == "none"
+    if stage == 1 and is_enabled(ds_config, "bf16") and wide and on_device:
+        return "bf16"
     return "zero3" if stage == 3 else "zero12"
 
 
@@ -157,9 +157,9 @@ def _zero12(shapes: list[Shape], ds_config: dict[str, Any], data: int) -> State:
         found.carried = found.gradients - accumulator
     if offload_device(ds_config, "offload_optimizer") != "none":
         found.host = {
-            "optimizer": found.optimizer, "gradients": _FP32 * part, "buffers": size * (part + largest)
+            "optimizer": found.optimizer, "gradients": _FP32 * part, "buckets": size * (part + largest)
         }  # fmt: skip
-        found.optimizer, found.buffers = 0, size * largest
+        found.optimizer, found.buckets = 0, size * largest
     return found
 
 
@@ -179,7 +179,7 @@ def _zero3(shapes: list[Shape], ds_config: dict[str, Any], data: int) -> State:
         gradients=_FP32 * part,
         always=_FP32 * part,
         carried=_FP32 * part,
-        buffers=size * int(zero.get("reduce_bucket_size", _BUCKET)),
+        buckets=size * int(zero.get("reduce_bucket_size", _BUCKET)),
         update=_FP32 * min(limit, max(parts.values())),  # a sub-group's gradients, flattened
     )
     if offload_device(ds_config, "offload_optimizer") != "none":

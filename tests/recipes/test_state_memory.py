@@ -1,4 +1,4 @@
-"""The bytes of weights, gradients and optimizer that the planner states are those of real engines, exactly."""
+"""The planner's bytes of weights, gradients and optimizer are those of real engines, exactly."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -21,7 +21,13 @@ from tests.ranks import run_ranks
 from tests.selection import representatives
 
 # Sizes that no number of ranks divides, so that every kind of padding is there.
-GPT = ["model.layers=2", "model.hidden=34", "model.position=learned", "model.heads=2", "model.vocab=321"]
+GPT = [
+    "model.layers=2",
+    "model.hidden=34",
+    "model.position=learned",
+    "model.heads=2",
+    "model.vocab=321",
+]
 GPT += ["data.sequence_length=16", "train.micro_batch_size=1", "train.global_batch_size=12"]
 GPT += ["train.schedule.warmup_steps=1", "train.compile=false"]
 LLAMA = [*GPT, "model.norm=rmsnorm", "model.mlp=swiglu", "model.bias=false", "model.tied=false"]
@@ -52,9 +58,7 @@ def overrides_of(stage: str, layout: str, model: list[str]) -> list[str]:
 
 
 def recipe_of(stage: str, layout: str, model: list[str]) -> Recipe:
-    return load_recipe(
-        ROOT / "recipes" / "gpt_tiny_zero1.yaml", overrides_of(stage, layout, model)
-    )
+    return load_recipe(ROOT / "recipes" / "gpt_tiny_zero1.yaml", overrides_of(stage, layout, model))
 
 
 def storages(tensors: Iterable[Any]) -> int:
@@ -155,7 +159,9 @@ CASES = [
 @pytest.mark.parametrize(
     ("stage", "layout"),
     representatives(
-        CASES, lambda stage, layout: {stage, layout.partition(" ")[0]}, lambda _, layout: len(layout)
+        CASES,
+        lambda stage, layout: {stage, layout.partition(" ")[0]},
+        lambda _, layout: len(layout),
     ),
 )
 def test_state_is_exact_to_the_byte(stage: str, layout: str, model: list[str]) -> None:
@@ -163,4 +169,4 @@ def test_state_is_exact_to_the_byte(stage: str, layout: str, model: list[str]) -
     said = expected(recipe_of(stage, layout, model), world_size)
     for rank in run_ranks(measured, world_size, stage, layout, model):
         here = said[rank[0]]
-        assert rank[1:] == (here.weights, here.gradients, here.optimizer, here.buffers)
+        assert rank[1:] == (here.weights, here.gradients, here.optimizer, here.buckets)

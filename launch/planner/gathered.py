@@ -1,0 +1,99 @@
+"""How many weights ZeRO-3 holds gathered, and when: its coordinator's rules, replayed.
+
+DeepSpeed gathers a module's weights before it runs, prefetches those that come next, and releases a
+module's weights after it unless they are used again within `stage3_max_reuse_distance` weights: around
+the end of a forward pass, the last layers stay for the backward pass (`partitioned_param_coordinator.py`
+of DeepSpeed 0.19.8). Whole blocks are gathered at a time (`launch/training/compile.py`).
+"""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+from launch.ds_json.view import zero_block
+from launch.planner.shapes import chain, layer_shapes
+from launch.planner.state_memory import persistent
+from models.config import GPTConfig
+
+_LIVE = _REUSE = 1_000_000_000
+_PREFETCH = 50_000_000
+
+
+class Gathered(NamedTuple):
+    """Elements that are gathered beside those that are always whole."""
+
+    forward: int  # at the end of the forward pass
+    loss: int  # in the loss's backward pass
+    blocks: int  # the most in any block's backward pass
+    end: int  # at the end of the backward pass
+
+    @classmethod
+    def none(cls) -> "Gathered":
+        """Where weights are not partitioned."""
+        return cls(0, 0, 0, 0)
+
+
+def gathered(config: GPTConfig, tensor: int, ds_config: dict[str, Any]) -> Gathered:
+    """What a rank holds gathered during the second and later steps; the first records the order."""
+    sizes, layers = _weights(config, tensor, persistent(zero_block(ds_config)))
+    # The containers of layers run first: they gather nothing, but prefetch.
+    forward: list[list[int]] = [[], [], *layers]
+    order = [*forward, [], *reversed(layers)]
+    held = _replay(sizes, order, ds_config)
+    end, blocks = len(forward), held[len(forward) + 2 : -2]
+    return Gathered(held[end - 1], held[end], max([0, *blocks]), held[-1])
+
+
+def _weights(config: GPTConfig, tensor: int, small: int) -> tuple[list[int], list[list[int]]]:
+    """The sizes of all weights that are not small, and for each layer their indices."""
+    sizes: list[int] = []
+    layers: list[list[int]] = []
+    for name in chain(config):
+        if name == "output" and config.tied:
+            layers.append(list(layers[0]))
+            continue
+        found = [s.numel for s in layer_shapes(config, name, tensor) if s.numel > small]
+        layers.append(list(range(len(sizes), len(sizes) + len(found))))
+        sizes += found
+    return sizes, layers
+
+
+def _replay(sizes: list[int], order: list[list[int]], ds_config: dict[str, Any]) -> list[int]:
+    """Elements held while each module of `order` runs."""
+    zero = zero_block(ds_config)
+    most = int(zero.get("stage3_max_live_parameters", _LIVE))
+    reuse = int(zero.get("stage3_max_reuse_distance", _REUSE))
+    prefetch = int(zero.get("stage3_prefetch_bucket_size", _PREFETCH))
+    queue = deque((weight, step) for step, module in enumerate(order) for weight in module)
+    last_fetch = dict.fromkeys(range(len(sizes)), -1)
+    here: set[int] = set()
+    held: list[int] = []
+    for step, module in enumerate(order):
+        here |= set(module)
+        waiting = {weight for weight in module if last_fetch[weight] < step}
+        while queue and waiting:
+            weight, last_fetch[weight] = queue.popleft()
+            waiting.discard(weight)
+        room, coming = min(most - sum(sizes[w] for w in here), prefetch), 0
+        while queue and coming < room:
+            weight, used = queue.popleft()
+            last_fetch[weight] = max(last_fetch[weight], used)
+            if weight not in here:
+                here.add(weight)
+                coming += sizes[weight]
+        held.append(sum(sizes[weight] for weight in here))
+        here -= {w for w in module if last_fetch[w] <= step + 1} - _used_soon(
+            sizes, order[step + 1 :], reuse
+        )
+    return held
+
+
+def _used_soon(sizes: list[int], order: list[list[int]], distance: int) -> set[int]:
+    """The weights of the next modules, until these have `distance` elements."""
+    found: set[int] = set()
+    passed = 0
+    for module in order:
+        if passed >= distance:
+            break
+        found |= set(module)
+        passed += sum(sizes[weight] for weight in module)
+    return found

@@ -1,0 +1,204 @@
+"""The moments of a training step at which memory can peak, each a sum of the tensors that exist then."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from launch.config.layout import Layout
+from launch.config.schema import GPTModel, Recipe
+from launch.ds_json.view import zero_block, zero_stage
+from launch.planner.activation_memory import Activations, activations, compiled, precision
+from launch.planner.gathered import Gathered, gathered
+from launch.planner.shapes import Shape, count, stage_shapes
+from launch.planner.state_memory import State, state, wrapper
+from models.pipeline_stages import micro_batches_alive
+
+# Workspaces that cuBLAS takes from torch's allocator on an H100 or H200: 32 MiB for each of the two
+# threads that run kernels (the forward and the backward pass).
+WORKSPACES = 64 * 2**20
+# DeepSpeed reduces at most this many gradients at once at stages 0 and 1 (a bucket is closed after it).
+_REDUCED_AT_ONCE = 500_000_000
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes on the device at one moment."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0
+    buckets: float = 0.0
+    gathered: float = 0.0
+    overhead: float = WORKSPACES
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(float(getattr(self, field.name)) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank of one stage holds in a step; `moments` adds it up.
+
+    Attributes:
+        shapes: its parameters.
+        state, kept, gathered: bytes, by the modules that count them.
+        kind: the class that holds its state (`state_memory.wrapper`).
+        whole_graph: whether torch.compile sees the whole model.
+        product: bytes of an element in matrix products.
+        bucket: DeepSpeed's `reduce_bucket_size`, in elements.
+        data: data parallel ranks.
+        alive: micro batches whose activations the stage holds at a time.
+        outputs: bytes of the outputs that a pipeline's engine keeps.
+        head: elements of the output projection; 0 if another stage has it.
+        tied: whether that is also this rank's token embedding.
+    """
+
+    shapes: list[Shape]
+    state: State
+    kept: Activations
+    gathered: Gathered
+    kind: str
+    whole_graph: bool
+    product: int
+    bucket: int
+    data: int
+    alive: int
+    outputs: float
+    head: int
+    tied: bool
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        layout: Layout,
+        ds_config: dict[str, Any],
+        stage: int,
+        first: int,
+        last: int,
+    ) -> "Step":
+        """A stage that runs layers first to last - 1 of the chain."""
+        assert isinstance(recipe.model, GPTModel)
+        config, grid = recipe.model.shape, layout.grid
+        shapes = stage_shapes(config, grid["tensor"], first, last)
+        held = state(shapes, ds_config, grid["data"], layout.accumulation)
+        kept = activations(recipe, layout, ds_config, first, last)
+        # A single rank uses its partition as it is, unless it has to be fetched from the host.
+        partitioned = zero_stage(ds_config) == 3 and (grid["data"] > 1 or "weights" in held.host)
+        schedule = recipe.parallel.schedule
+        alive = micro_batches_alive(schedule, grid["pipeline"], stage, layout.accumulation)
+        has_head = last == config.layers + 4
+        return cls(
+            shapes=shapes,
+            state=held,
+            kept=kept,
+            gathered=gathered(config, grid["tensor"], ds_config)
+            if partitioned
+            else Gathered.none(),
+            kind=wrapper(ds_config),
+            whole_graph=compiled(recipe, ds_config) == "model",
+            product=precision(ds_config).product,
+            bucket=int(zero_block(ds_config).get("reduce_bucket_size", 500_000_000)),
+            data=grid["data"],
+            alive=alive,
+            # DeepSpeed's own schedule has two buffers at least.
+            outputs=kept.sent * (alive if schedule == "naive" else max(2, alive)),
+            head=-(-config.vocab // grid["tensor"]) * config.hidden if has_head else 0,
+            tied=config.tied and first == 0 and has_head,
+        )
+
+    def moments(self) -> dict[str, Parts]:
+        """The parts at each moment of a step at which memory can peak."""
+        kept, before = self.kept, self.state.carried
+        micro = self.alive * kept.kept + kept.casts
+        logits = self.alive * kept.logits
+        if self.head:
+            logits += self.outputs
+        else:
+            micro += self.outputs
+        own = self.product * self.head  # the output projection's gradient
+        found = {
+            "the end of the forward pass": self._parts(
+                before,
+                micro + kept.casts_forward,
+                logits + kept.loss_forward,
+                0,
+                self.gathered.forward,
+            ),
+            "the loss's backward pass": self._parts(
+                before + (own if self.whole_graph else 0),
+                micro,
+                logits + kept.loss_backward,
+                0,
+                self.gathered.loss,
+            ),
+            "the reduction of gradients": self._parts(
+                self.state.gradients + self._unreduced(), 0, 0, self._reduction(), self.gathered.end
+            ),
+            "the update": self._parts(self.state.gradients, 0, 0, self._update(), 0),
+        }
+        if not self.whole_graph:
+            # A tied weight's gradient waits for the embedding's; another is added to those before it.
+            waits = self.tied or before == self.state.always
+            found["a block's backward pass"] = self._parts(
+                before + (own if waits else 0),
+                micro + kept.block_backward,
+                logits - kept.logits,
+                self.state.backward + self._head_reduction(),
+                self.gathered.blocks,
+            )
+        return found
+
+    def _parts(
+        self, gradients: float, activations: float, logits: float, buckets: float, weights: float
+    ) -> Parts:
+        return Parts(
+            weights=self.state.weights,
+            gradients=gradients,
+            optimizer=self.state.optimizer,
+            activations=activations,
+            logits=logits,
+            buckets=self.state.buckets + buckets,
+            gathered=self.product * weights,
+        )
+
+    def _unreduced(self) -> float:
+        """Gradients that a compiled backward pass returns all at once, before they are added up."""
+        return 2.0 * count(self.shapes) if self.whole_graph and self.kind == "zero12" else 0.0
+
+    def _head_reduction(self) -> float:
+        """ZeRO-2's copies of the head's gradient, which is reduced while activations are kept."""
+        if self.kind != "zero12" or self.tied or self.head <= self.bucket:
+            return 0.0
+        part = count(self.shapes) / self.data
+        return self.product * self.head + 4.0 * min(self.head, part)
+
+    def _reduction(self) -> float:
+        """Copies that exist while gradients are reduced at the end of a backward pass."""
+        sizes = [shape.numel for shape in self.shapes]
+        largest = max(sizes)
+        if self.kind == "bf16":
+            # Matrices and vectors are two flat tensors: joined in one bucket (a copy), or one after the
+            # other if the first fills it. Either is reduced as a copy in bf16.
+            matrices = sum(shape.numel for shape in self.shapes if shape.matrix)
+            joined = matrices <= _REDUCED_AT_ONCE
+            return (4.0 + 2.0) * sum(sizes) if joined else 2.0 * matrices
+        if self.kind in ("torch", "unfused"):
+            size = 4.0 if self.kind == "torch" else 2.0
+            return size * min(sum(sizes), _REDUCED_AT_ONCE + largest)
+        if self.kind == "zero12":
+            # A full bucket is copied to be reduced, and a parameter's part of it widened to be added.
+            flat = 0.0 if largest > self.bucket else self.product * min(self.bucket, sum(sizes))
+            return self.state.backward + flat + 4.0 * min(largest, sum(sizes) / self.data)
+        return 2.0 * largest
+
+    def _update(self) -> float:
+        """Temporary copies during the update."""
+        if self.kind == "zero12" and not self.state.host:
+            # The norm of each parameter's part is computed in fp64.
+            largest = max(shape.numel for shape in self.shapes)
+            return 8.0 * min(largest, count(self.shapes) / self.data)
+        return float(self.state.update)
