@@ -2,8 +2,10 @@
 
 import re
 import resource
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Dense bf16 peaks with fp32 accumulation, in TFLOP/s, from the vendors' data sheets (V100, T4: fp16);
 # for the SXM variant if there are several. A MI250X is two devices. For others, no MFU is reported.
@@ -16,10 +18,12 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def device_peak_tflops(device: torch.device) -> float | None:
+def device_peak_tflops(device: "torch.device") -> float | None:
     """The dense half-precision peak of a device in TFLOP/s, or None if unknown."""
     if device.type != "cuda":
         return None
+    import torch
+
     return peak_tflops(torch.cuda.get_device_name(device))
 
 
@@ -30,8 +34,10 @@ def peak_tflops(device_name: str) -> float | None:
     return PEAK_TFLOPS[max(matching, key=lambda key: len(key.split()))] if matching else None
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: "torch.device") -> float:
     """Peak memory of this process so far in GiB: allocated on the GPU, resident on the CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
