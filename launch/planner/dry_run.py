@@ -14,8 +14,8 @@ from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, HFModel, Recipe
 from launch.data.tokenizer import HubError, load_tokenizer
+from launch.memory.estimate import estimate
 from launch.paths import ROOT
-from launch.planner.memory import estimate
 from launch.planner.model_size import model_size
 from launch.training.setup import check_model
 

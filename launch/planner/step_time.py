@@ -10,16 +10,18 @@ milliseconds for a block's forward and backward pass. The slower of the two coun
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import offload_device, zero_stage
-from launch.planner.activation_memory import precision
+from launch.memory.activations import precision
+from launch.memory.estimate import bounds_of
+from launch.memory.shapes import count, stage_shapes
 from launch.planner.cards import Card
-from launch.planner.shapes import count, stage_shapes
 from models.config import GPTConfig, flops_per_token
-from models.pipeline_stages import ideal_bubble, stage_bounds
+from models.pipeline_stages import ideal_bubble
 
 # Multiples of the data sheet's time. Matrix products run at four fifths of the peak at best.
 COST = {
@@ -70,7 +72,9 @@ def device_terms(
     eager = 0.0 if recipe.train.compile else 2.0 * passes * stream / memory
     rotated = (c.heads + c.kv_heads) * c.head_dim / tensor * _rotary(c)
     return {
-        "matmul": tokens * (blocks * per_block * again + (head if last == c.layers + 4 else 0)) / peak,
+        "matmul": tokens
+        * (blocks * per_block * again + (head if last == c.layers + 4 else 0))
+        / peak,
         "attention": passes * attention / peak,
         "eager": eager,
         "compiled": 2.0 * passes * stream / memory if recipe.train.compile else 0.0,
@@ -114,7 +118,11 @@ def launch_seconds(recipe: Recipe, layout: Layout, ds_config: dict[str, Any], bl
 
 
 def traffic(
-    recipe: Recipe, layout: Layout, ds_config: dict[str, Any], parameters: int, links: dict[str, float]
+    recipe: Recipe,
+    layout: Layout,
+    ds_config: dict[str, Any],
+    parameters: int,
+    links: dict[str, float],
 ) -> dict[str, float]:
     """Seconds at full bandwidth that a rank sends: models/README.md has the volumes.
 
@@ -148,11 +156,8 @@ def step_time(
     assert isinstance(recipe.model, GPTModel)
     config, grid, m = recipe.model.shape, layout.grid, layout.accumulation
     stages = grid["pipeline"]
-    bounds = [0, config.layers + 4]
-    if stages > 1:
-        bounds = stage_bounds(config, stages, recipe.parallel.partition)
     slowest, parameters = 0.0, 0
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds_of(config, stages, recipe.parallel.partition)):
         work = device_terms(recipe, layout, ds_config, card, first, last)
         slowest = max(slowest, sum(COST[name] * value for name, value in work.items()))
         parameters = max(parameters, count(stage_shapes(config, grid["tensor"], first, last)))

@@ -15,11 +15,11 @@ from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, Recipe
+from launch.memory.activations import Precision, block_bytes
+from launch.memory.estimate import StageMemory, estimate
+from launch.memory.shapes import count, stage_shapes
 from launch.paths import ROOT
-from launch.planner.activation_memory import Precision, block_bytes
 from launch.planner.dry_run import print_dry_run
-from launch.planner.memory import StageMemory, estimate
-from launch.planner.shapes import count, stage_shapes
 from models.attention import attention_inputs
 from models.config import SIZES, GPTConfig, count_parameters
 from models.gpt import Block

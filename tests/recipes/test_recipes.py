@@ -13,9 +13,9 @@ from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, HFModel, Recipe
 from launch.ds_json.view import compute_dtype
+from launch.memory.estimate import estimate
 from launch.paths import ROOT
 from launch.planner.dry_run import header, print_dry_run, print_list
-from launch.planner.memory import estimate
 from launch.runtime.run_dir import read_metrics
 from launch.training.build_model import build_model
 from models.config import count_parameters

@@ -13,9 +13,9 @@ from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, Recipe
 from launch.data.batch import Batch
+from launch.memory.shapes import stage_shapes
+from launch.memory.state import State, state
 from launch.paths import ROOT
-from launch.planner.shapes import stage_shapes
-from launch.planner.state_memory import State, state
 from models.pipeline_stages import stage_bounds
 from tests.ranks import run_ranks
 from tests.selection import representatives

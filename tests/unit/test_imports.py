@@ -51,7 +51,7 @@ FLOORS = (
     ("deepspeed_patches",),
     ("config",),
     ("runtime",),
-    ("data", "checkpoint", "versions"),
+    ("data", "checkpoint", "versions", "memory"),
     ("training",),
     ("planner", "parity"),
     ("perf", "doctor", "certify"),

@@ -11,8 +11,8 @@ from launch.config.layout import plan_layout
 from launch.config.load import load_recipe, recipe_from_dict
 from launch.config.resolve import resolve, warnings
 from launch.errors import UserError
+from launch.memory.estimate import estimate
 from launch.paths import ROOT
-from launch.planner.memory import estimate
 from tests.ds_configs.mutations import ANYTHING, PLAUSIBLE, set_at
 
 SEEDS = [

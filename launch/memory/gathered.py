@@ -7,11 +7,12 @@ of DeepSpeed 0.19.8). Whole blocks are gathered at a time (`launch/training/comp
 """
 
 from collections import deque
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from launch.ds_json.view import zero_block
-from launch.planner.shapes import chain, layer_shapes
-from launch.planner.state_memory import persistent
+from launch.memory.shapes import chain, layer_shapes
+from launch.memory.state import persistent
 from models.config import GPTConfig
 
 _LIVE = _REUSE = 1_000_000_000
@@ -34,11 +35,28 @@ class Gathered(NamedTuple):
 
 def gathered(config: GPTConfig, tensor: int, ds_config: dict[str, Any]) -> Gathered:
     """What a rank holds gathered during the second and later steps; the first records the order."""
-    sizes, layers = _weights(config, tensor, persistent(zero_block(ds_config)))
+    zero = zero_block(ds_config)
+    limits = _Limits(
+        live=int(zero.get("stage3_max_live_parameters", _LIVE)),
+        reuse=int(zero.get("stage3_max_reuse_distance", _REUSE)),
+        prefetch=int(zero.get("stage3_prefetch_bucket_size", _PREFETCH)),
+    )
+    return _gathered(config, tensor, persistent(zero), limits)
+
+
+class _Limits(NamedTuple):
+    live: int
+    reuse: int
+    prefetch: int
+
+
+@lru_cache(maxsize=256)
+def _gathered(config: GPTConfig, tensor: int, small: int, limits: _Limits) -> Gathered:
+    sizes, layers = _weights(config, tensor, small)
     # The containers of layers run first: they gather nothing, but prefetch.
     forward: list[list[int]] = [[], [], *layers]
     order = [*forward, [], *reversed(layers)]
-    held = _replay(sizes, order, ds_config)
+    held = _replay(sizes, order, limits)
     end, blocks = len(forward), held[len(forward) + 2 : -2]
     return Gathered(held[end - 1], held[end], max([0, *blocks]), held[-1])
 
@@ -57,12 +75,8 @@ def _weights(config: GPTConfig, tensor: int, small: int) -> tuple[list[int], lis
     return sizes, layers
 
 
-def _replay(sizes: list[int], order: list[list[int]], ds_config: dict[str, Any]) -> list[int]:
+def _replay(sizes: list[int], order: list[list[int]], limits: _Limits) -> list[int]:
     """Elements held while each module of `order` runs."""
-    zero = zero_block(ds_config)
-    most = int(zero.get("stage3_max_live_parameters", _LIVE))
-    reuse = int(zero.get("stage3_max_reuse_distance", _REUSE))
-    prefetch = int(zero.get("stage3_prefetch_bucket_size", _PREFETCH))
     queue = deque((weight, step) for step, module in enumerate(order) for weight in module)
     last_fetch = dict.fromkeys(range(len(sizes)), -1)
     here: set[int] = set()
@@ -73,7 +87,7 @@ def _replay(sizes: list[int], order: list[list[int]], ds_config: dict[str, Any])
         while queue and waiting:
             weight, last_fetch[weight] = queue.popleft()
             waiting.discard(weight)
-        room, coming = min(most - sum(sizes[w] for w in here), prefetch), 0
+        room, coming = min(limits.live - sum(sizes[w] for w in here), limits.prefetch), 0
         while queue and coming < room:
             weight, used = queue.popleft()
             last_fetch[weight] = max(last_fetch[weight], used)
@@ -82,7 +96,7 @@ def _replay(sizes: list[int], order: list[list[int]], ds_config: dict[str, Any])
                 coming += sizes[weight]
         held.append(sum(sizes[weight] for weight in here))
         here -= {w for w in module if last_fetch[w] <= step + 1} - _used_soon(
-            sizes, order[step + 1 :], reuse
+            sizes, order[step + 1 :], limits.reuse
         )
     return held
 

@@ -2,7 +2,7 @@
 
 A step is followed through the moments at which memory can peak (`moments.py`): the loss's forward and
 backward pass, a block's backward pass, the reduction of gradients, and the update. Each moment is a sum
-of tensors that exist then (`state_memory.py`, `activation_memory.py`, `gathered.py`), and the largest
+of tensors that exist then (`state.py`, `activations.py`, `gathered.py`), and the largest
 counts. recipes/MEMORY.md compares the result with measurements.
 
 Not counted: what is outside torch's allocator (CUDA's context and NCCL's buffers: `launch/planner/cards.py`
@@ -10,13 +10,15 @@ has their measured sizes), and the gaps that the allocator leaves between tensor
 """
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
-from launch.planner.moments import Parts, Step
-from launch.planner.shapes import count
+from launch.memory.moments import Parts, Step
+from launch.memory.shapes import count
+from models.config import GPTConfig
 from models.pipeline_stages import stage_bounds
 
 GIB = 2**30
@@ -76,11 +78,8 @@ def estimate(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> Stage
 def estimate_stages(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> list[StageMemory]:
     """The memory of a rank of each pipeline stage; as `estimate`."""
     assert isinstance(recipe.model, GPTModel)
-    config = recipe.model.shape
-    bounds = [0, config.layers + 4]
-    if layout.grid["pipeline"] > 1:
-        bounds = stage_bounds(config, layout.grid["pipeline"], recipe.parallel.partition)
     found = []
+    bounds = bounds_of(recipe.model.shape, layout.grid["pipeline"], recipe.parallel.partition)
     for stage, (first, last) in enumerate(pairwise(bounds)):
         step = Step.of(recipe, layout, ds_config, stage, first, last)
         moments = step.moments()
@@ -88,3 +87,15 @@ def estimate_stages(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -
         parameters = count(step.shapes)
         found.append(StageMemory(stage, parameters, moment, moments[moment], step.state.host))
     return found
+
+
+@lru_cache(maxsize=256)
+def bounds_of(config: GPTConfig, stages: int, partition: str) -> tuple[int, ...]:
+    """The bounds of the pipeline's stages; of one stage, the whole chain.
+
+    Raises:
+        ValueError: as `models.pipeline_stages.stage_bounds`.
+    """
+    if stages == 1:
+        return 0, config.layers + 4
+    return tuple(stage_bounds(config, stages, partition))

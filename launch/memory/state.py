@@ -18,7 +18,7 @@ from launch.ds_json.view import (
     zero_block,
     zero_stage,
 )
-from launch.planner.shapes import Shape, count
+from launch.memory.shapes import Shape, count
 
 Wrapper = Literal["torch", "unfused", "bf16", "zero12", "zero3"]
 

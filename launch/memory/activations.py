@@ -10,7 +10,7 @@ from typing import Any, Literal
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import is_enabled, zero_stage
-from launch.planner.shapes import stage_shapes
+from launch.memory.shapes import stage_shapes
 from models.config import GPTConfig
 
 Compiled = Literal["no", "blocks", "model"]

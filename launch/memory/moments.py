@@ -6,10 +6,10 @@ from typing import Any
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import zero_block, zero_stage
-from launch.planner.activation_memory import Activations, activations, compiled, precision
-from launch.planner.gathered import Gathered, gathered
-from launch.planner.shapes import Shape, count, stage_shapes
-from launch.planner.state_memory import State, state, wrapper
+from launch.memory.activations import Activations, activations, compiled, precision
+from launch.memory.gathered import Gathered, gathered
+from launch.memory.shapes import Shape, count, stage_shapes
+from launch.memory.state import State, state, wrapper
 from models.pipeline_stages import micro_batches_alive
 
 # Workspaces that cuBLAS takes from torch's allocator on an H100 or H200: 32 MiB for each of the two
@@ -45,7 +45,7 @@ class Step:
     Attributes:
         shapes: its parameters.
         state, kept, gathered: bytes, by the modules that count them.
-        kind: the class that holds its state (`state_memory.wrapper`).
+        kind: the class that holds its state (`state.wrapper`).
         whole_graph: whether torch.compile sees the whole model.
         product: bytes of an element in matrix products.
         bucket: DeepSpeed's `reduce_bucket_size`, in elements.
