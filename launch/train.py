@@ -30,7 +30,7 @@ from launch.config.schema import Recipe
 from launch.deepspeed_patches.versions import check_version
 from launch.errors import UserError
 from launch.runtime.console import Stopwatch, say
-from launch.runtime.failures import one_line_errors
+from launch.runtime.failures import is_out_of_memory, one_line_errors
 from launch.runtime.process_group import (
     from_main_rank,
     prepare_environment,
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from launch.training.train_step import StepResult
 
 
-def train(recipe: Recipe, resume: str | None) -> None:
-    """Run a recipe to the end on this rank.
+def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
+    """Run a recipe to the end on this rank; `force` skips the check that the GPUs have the memory.
 
     Raises:
         UserError: for any error that the user can fix; see `launch/errors.py`.
@@ -53,9 +53,12 @@ def train(recipe: Recipe, resume: str | None) -> None:
     clock.lap("interpreter and recipe")
     prepare_environment()
 
+    from launch.planner.fit_check import check_fits
     from launch.planner.model_size import model_size
     from launch.training.setup import join_ranks, plan_run
 
+    if not force:
+        check_fits(recipe)
     plan = plan_run(recipe, int(os.environ["WORLD_SIZE"]), say)
     layout, corpus = plan.layout, plan.corpus
     clock.lap("data")
@@ -181,6 +184,11 @@ def parse_arguments() -> argparse.Namespace:
         help="with --dry-run: as if on N ranks (default: those started, or the fewest that fit)",
     )
     parser.add_argument(
+        "--force",
+        action="store_true",
+        help="train although the estimate says that the GPUs have too little memory",
+    )
+    parser.add_argument(
         "--allow-untested-deepspeed",
         action="store_true",
         help="train with a release of DeepSpeed that the workarounds were not tested with",
@@ -212,7 +220,15 @@ def main() -> None:
             print_dry_run(recipe, world_size)
             return
         check_version(arguments.allow_untested_deepspeed)
-        train(load_recipe(arguments.config, arguments.set), arguments.resume)
+        recipe = load_recipe(arguments.config, arguments.set)
+        try:
+            train(recipe, arguments.resume, arguments.force)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            from launch.planner.fit_check import after_out_of_memory
+
+            after_out_of_memory(recipe, error)
         shutdown()
 
 

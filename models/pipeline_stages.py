@@ -4,6 +4,7 @@ Imports neither torch nor DeepSpeed: a layout can be planned without them.
 """
 
 import re
+from functools import lru_cache
 from itertools import accumulate
 from math import inf
 
@@ -42,7 +43,7 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
     layers = parameters_by_layer(config)
     sizes = [size for _, size in layers]
     if partition == "parameters":
-        bounds = balanced_bounds(sizes, stages)
+        bounds = list(_balanced(tuple(sizes), stages))
     elif partition == "uniform":
         bounds = uniform_bounds(len(layers), stages)
     elif partition.startswith("type:"):
@@ -63,6 +64,12 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
         if not sum(sizes[bounds[stage] : bounds[stage + 1]]):
             raise ValueError(f"stage {stage} of {stages} would have nothing to train")
     return bounds
+
+
+@lru_cache(maxsize=64)
+def _balanced(sizes: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """`balanced_bounds`, computed once: a planner asks for the same ones many times."""
+    return tuple(balanced_bounds(list(sizes), stages))
 
 
 def micro_batches_alive(schedule: str, stages: int, stage: int, micro_batches: int) -> int:

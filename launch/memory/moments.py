@@ -1,5 +1,6 @@
 """The moments of a training step at which memory can peak, each a sum of the tensors that exist then."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -56,7 +57,7 @@ class Step:
         tied: whether that is also this rank's token embedding.
     """
 
-    shapes: list[Shape]
+    shapes: Sequence[Shape]
     state: State
     kept: Activations
     gathered: Gathered

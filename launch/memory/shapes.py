@@ -4,6 +4,8 @@ DeepSpeed pads every parameter or every group of them, so that their sum is not 
 is exact to the byte.
 """
 
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from models.config import GPTConfig
@@ -57,14 +59,16 @@ def chain(config: GPTConfig) -> list[str]:
     return ["token", "position", *["block"] * config.layers, "norm", "output"]
 
 
-def stage_shapes(config: GPTConfig, tensor: int, first: int, last: int) -> list[Shape]:
+@lru_cache(maxsize=1024)
+def stage_shapes(config: GPTConfig, tensor: int, first: int, last: int) -> tuple[Shape, ...]:
     """The parameters of layers first to last - 1; an output tied to a token embedding counts once."""
     names = chain(config)[first:last]
     if config.tied and {"token", "output"} <= set(names):
         names.remove("output")
-    return [shape for name in names for shape in layer_shapes(config, name, tensor)]
+    shapes = {name: layer_shapes(config, name, tensor) for name in set(names)}
+    return tuple(shape for name in names for shape in shapes[name])
 
 
-def count(shapes: list[Shape]) -> int:
+def count(shapes: Iterable[Shape]) -> int:
     """Number of parameters."""
     return sum(shape.numel for shape in shapes)

@@ -6,6 +6,7 @@ and buffers in its own way. `tests/recipes/test_state_memory.py` compares every 
 tensors of real engines.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -76,7 +77,9 @@ def wrapper(ds_config: dict[str, Any]) -> Wrapper:
     return "zero3" if stage == 3 else "zero12"
 
 
-def state(shapes: list[Shape], ds_config: dict[str, Any], data: int, accumulation: int) -> State:
+def state(
+    shapes: Sequence[Shape], ds_config: dict[str, Any], data: int, accumulation: int
+) -> State:
     """The state of a rank that holds `shapes`, one of `data` ranks, with `accumulation` micro batches."""
     kind = wrapper(ds_config)
     if kind in ("torch", "unfused"):
@@ -99,7 +102,7 @@ def _states_of_optimizer(ds_config: dict[str, Any], elements: int, tensors: int)
     return _MOMENTS.get(kind.lower(), 2) * _FP32 * elements + counts
 
 
-def _whole(shapes: list[Shape], ds_config: dict[str, Any]) -> State:
+def _whole(shapes: Sequence[Shape], ds_config: dict[str, Any]) -> State:
     """Stage 0: nothing is partitioned."""
     size, n = element_size(ds_config), count(shapes)
     master = 0 if size == _FP32 else _FP32 * n
@@ -112,13 +115,13 @@ def _whole(shapes: list[Shape], ds_config: dict[str, Any]) -> State:
     )
 
 
-def _groups(shapes: list[Shape]) -> list[int]:
+def _groups(shapes: Sequence[Shape]) -> list[int]:
     """Elements of the optimizer's two groups: matrices and vectors."""
     sums = [sum(s.numel for s in shapes if s.matrix is kind) for kind in (True, False)]
     return [n for n in sums if n]
 
 
-def _bf16(shapes: list[Shape], ds_config: dict[str, Any], data: int) -> State:
+def _bf16(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> State:
     """BF16_Optimizer: gradients whole in fp32, and those of one backward pass whole in bf16."""
     groups = [_padded(n, 2 * data) for n in _groups(shapes)]
     n = sum(groups)
@@ -132,7 +135,7 @@ def _bf16(shapes: list[Shape], ds_config: dict[str, Any], data: int) -> State:
     )
 
 
-def _zero12(shapes: list[Shape], ds_config: dict[str, Any], data: int) -> State:
+def _zero12(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> State:
     """DeepSpeedZeroOptimizer: a rank's part of the gradients in fp32, and buckets to reduce them."""
     zero, size = zero_block(ds_config), element_size(ds_config)
     groups = [_padded(n, 2 * data) for n in _groups(shapes)]
@@ -163,7 +166,7 @@ def _zero12(shapes: list[Shape], ds_config: dict[str, Any], data: int) -> State:
     return found
 
 
-def _zero3(shapes: list[Shape], ds_config: dict[str, Any], data: int) -> State:
+def _zero3(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> State:
     """DeepSpeedZeroOptimizer_Stage3: each parameter split evenly, small ones whole as well."""
     zero, size = zero_block(ds_config), element_size(ds_config)
     parts = {kind: _partition(shapes, kind, data) for kind in (True, False)}
@@ -197,7 +200,7 @@ def persistent(zero: dict[str, Any]) -> int:
     return int(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
 
 
-def _partition(shapes: list[Shape], matrix: bool, data: int) -> int:
+def _partition(shapes: Sequence[Shape], matrix: bool, data: int) -> int:
     return sum(-(-shape.numel // data) for shape in shapes if shape.matrix is matrix)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launch.config.compatibility import check_parallel
+from launch.config.compatibility import check_composition, check_parallel
 from launch.config.layout import Layout, plan_layout
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, Parallel, Recipe
@@ -150,10 +150,34 @@ def _rank(plan: Plan) -> tuple[bool, float]:
 def every_plan(base: Recipe, cluster: Cluster) -> Iterator[Plan]:
     """Every layout that composes, with every micro batch size that is a power of two."""
     for config in CONFIGS:
+        checked = _Checked(base, config)
         for parallel in _degrees(cluster):
             for again in (False, True):
                 recipe = _with(base, config, parallel, again)
-                yield from _micro_batches(recipe, cluster)
+                yield from _micro_batches(recipe, checked, cluster)
+
+
+class _Checked:
+    """A DeepSpeed JSON, read and linted once; what composes with it is checked for each layout."""
+
+    def __init__(self, base: Recipe, config: str) -> None:
+        recipe = _with(base, config, Parallel(), False)
+        eager = recipe.train.model_copy(update={"compile": False})
+        alone = recipe.model_copy(update={"train": eager})
+        self._json = resolve(alone, plan_layout(alone, 1))
+        self._composes: set[tuple[Parallel, bool]] = set()
+
+    def json(self, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+        """The JSON, if the layout composes. Its batch sizes, which the estimates do not read, are not set.
+
+        Raises:
+            UserError: as `check_composition`.
+        """
+        key = recipe.parallel, recipe.train.compile
+        if key not in self._composes:
+            check_composition(recipe, self._json, layout)
+            self._composes.add(key)
+        return self._json
 
 
 def _degrees(cluster: Cluster) -> Iterator[Parallel]:
@@ -179,8 +203,7 @@ def _with(base: Recipe, config: str, parallel: Parallel, again: bool) -> Recipe:
     )
 
 
-def _micro_batches(recipe: Recipe, cluster: Cluster) -> Iterator[Plan]:
-    ds_config: dict[str, Any] | None = None
+def _micro_batches(recipe: Recipe, checked: _Checked, cluster: Cluster) -> Iterator[Plan]:
     micro = 1
     while micro <= recipe.train.global_batch_size:
         train = recipe.train.model_copy(update={"micro_batch_size": micro})
@@ -190,15 +213,14 @@ def _micro_batches(recipe: Recipe, cluster: Cluster) -> Iterator[Plan]:
             layout = plan_layout(sized, cluster.ranks)
             if layout.micro_batch < micro:
                 return
-            # The same but for the batch sizes, which the estimates do not read.
-            ds_config = ds_config or resolve(sized, layout)
-            plan = evaluate(sized, layout, ds_config, cluster)
+            plan = evaluate(sized, layout, checked.json(sized, layout), cluster)
         except UserError:
             if not recipe.train.compile:
                 return
             # What is not compiled may compose.
             eager = recipe.train.model_copy(update={"compile": False})
-            yield from _micro_batches(recipe.model_copy(update={"train": eager}), cluster)
+            again = recipe.model_copy(update={"train": eager})
+            yield from _micro_batches(again, checked, cluster)
             return
         yield plan
         if plan.fullest.total > 4 * cluster.card.gib:

@@ -152,7 +152,10 @@ def step_time(
     hosts: int = 1,
     network_gbs: float = 50.0,
 ) -> StepTime:
-    """A step's seconds on `hosts` hosts of equally many cards; `network_gbs` is a GPU's share of the network."""
+    """A step's seconds on `hosts` hosts of equally many cards.
+
+    `network_gbs` is a GPU's share of the network between hosts, in GB/s.
+    """
     assert isinstance(recipe.model, GPTModel)
     config, grid, m = recipe.model.shape, layout.grid, layout.accumulation
     stages = grid["pipeline"]

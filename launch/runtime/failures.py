@@ -103,7 +103,7 @@ def _in_words(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in DISK:
         place = error.filename or "a file of this run"
         return f"{place}: {error.strerror}; {DISK[error.errno]}, then go on with --resume auto"
-    if isinstance(error, MemoryError | RuntimeError) and any(w in text for w in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return (
             f"out of memory: {text.splitlines()[0][:200]}; lower train.micro_batch_size, set "
             "model.checkpoint_activations=true, or use a configuration that offloads"
@@ -115,6 +115,13 @@ def _in_words(error: Exception) -> str | None:
             f"({text.splitlines()[0][:120]})"
         )
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the host."""
+    return isinstance(error, MemoryError | RuntimeError) and any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
 
 
 def _is_lost_peer(error: Exception) -> bool:
