@@ -32,7 +32,6 @@ SHAPES: dict[str, dict[str, object]] = {
     "llama-2048": {
         **LLAMA, "layers": 8, "hidden": 2048, "heads": 16, "kv_heads": 4, "ffn": 5632, "vocab": 32000
     },
-    # Not used to find constants:
     "qwen-1024": {
         **LLAMA, "layers": 14, "hidden": 1024, "heads": 16, "kv_heads": 8, "head_dim": 128,
         "ffn": 3072, "vocab": 151936, "qk_norm": True, "tied": True,
