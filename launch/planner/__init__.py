@@ -1,4 +1,4 @@
-"""A layout's requirements, before anything is computed: parameters, FLOPs, memory.
+"""Plan a run before anything is computed: what a layout needs, which one fits, which is fastest.
 
 May import `training`, `checkpoint` and the packages below them.
 """
