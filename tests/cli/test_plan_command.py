@@ -84,7 +84,7 @@ def test_a_transformers_configuration_is_the_same_model(tmp_path: Path) -> None:
         (["--layers", "4"], "--hidden: the model has no hidden"),
         ([*INLINE, "--heads", "5"], "not a multiple of heads 5"),
         (["--config", "recipes/hf_qwen3_0b6_zero2.yaml"], "give its config.json as --model"),
-        (["--model", "6b7", "--gpus", "1", "--gpu-memory", "8"], "of these GPUs would do"),
+        (["--model", "6b7", "--gpu-memory", "24", "--host-memory", "32"], "GPUs would do: "),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
