@@ -209,8 +209,15 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
                 )
     model: Any = recipe.model
     try:
-        stage_bounds(model.shape, layout.grid["pipeline"], recipe.parallel.partition)
+        bounds = stage_bounds(model.shape, layout.grid["pipeline"], recipe.parallel.partition)
     except ValueError as error:
         raise UserError(
             f"parallel.partition: {error}; use parameters, uniform or type:block, or fewer stages"
         ) from None
+    # What tensor ranks above 0 then have is counted elsewhere: a norm on rank 0, tied weights on stage 0.
+    without_block = bounds[-2] >= model.shape.layers + 2
+    if without_block and model.shape.tied and layout.grid["tensor"] > 1 and low == "bf16":
+        raise UserError(
+            "parallel.partition: the last stage has no block, and DeepSpeed's BF16_Optimizer stops on "
+            "ranks that have no gradient; use another partition, model.tied=false, or fewer stages"
+        )

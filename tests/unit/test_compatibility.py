@@ -42,6 +42,10 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ),
         r"optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale .* use bf16",
     ),
+    "a tied last stage without a block": (
+        "zero1", (PIPELINE, TENSOR, "parallel.partition=type:token|norm", "deepspeed.bf16.enabled=true"),
+        r"parallel.partition: the last stage has no block, .* model.tied=false, or fewer stages",
+    ),
     "no such partition": (
         "zero1", (PIPELINE, "parallel.partition=best"), r"parallel.partition: 'best' is not parameters",
     ),
