@@ -50,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 HF_SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": LENGTH,
+    "max_position_embeddings": SHORT_LENGTH,
 }  # fmt: skip
 HF_FAMILIES: dict[str, dict[str, Any]] = {
     "hf_llama": {"model_type": "llama"},
@@ -144,7 +144,11 @@ def _model(row: Row, folder: Path) -> dict[str, Any]:
         changes = {key: row[key] for key in ("layers", "vocab", "tied")}
         given = {**FAMILIES[row["family"]], **changes, "family": "gpt", "context": LENGTH}
         return {**given, "checkpoint_activations": row["checkpointing"]}
-    sizes = {"num_hidden_layers": row["layers"], "vocab_size": row["vocab"]}
+    sizes = {
+        "num_hidden_layers": row["layers"],
+        "vocab_size": row["vocab"],
+        "max_position_embeddings": LENGTH,
+    }
     config = {
         **HF_SIZES, **HF_FAMILIES[row["family"]], **sizes, "tie_word_embeddings": row["tied"]
     }  # fmt: skip
