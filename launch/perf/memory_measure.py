@@ -4,18 +4,16 @@ The ranks train on random tokens, so that nothing is read or tokenized. On a GPU
 torch's allocator has handed out; on a CPU, the bytes of all tensors (`tensor_bytes.py`).
 """
 
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.config.load import recipe_from_dict
 from launch.config.schema import GPTModel, Recipe
 from launch.data.batch import Batch
+from launch.errors import UserError
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -72,18 +70,19 @@ def measure(recipe: Recipe, ranks: int, steps: int = STEPS) -> list[RankMemory]:
     """
     from launch.config.layout import plan_layout
     from launch.config.resolve import resolve
-    from launch.runtime.local_launcher import run_local_ranks
+    from launch.runtime.fork_server import run_ranks
 
     resolve(recipe, plan_layout(recipe, ranks))
-    with tempfile.TemporaryDirectory(prefix="memory-") as folder:
-        place = Path(folder)
-        run_local_ranks(measure_rank, ranks, recipe.model_dump(), steps, place, from_server=True)
-        found = [json.loads(file.read_text()) for file in sorted(place.glob("*.json"))]
-    return [RankMemory(**each) for each in found]
+    try:
+        return run_ranks(measure_rank, ranks, recipe.model_dump(), steps, show=None)
+    except UserError:
+        raise
+    except Exception as error:  # a rank's own: out of memory, for example
+        raise UserError(f"a rank failed: {type(error).__name__}: {error}") from error
 
 
-def measure_rank(values: dict[str, Any], steps: int, folder: Path) -> None:
-    """Build the engine, train, and write this rank's `RankMemory`; every rank calls it.
+def measure_rank(values: dict[str, Any], steps: int) -> RankMemory:
+    """Build the engine and train; every rank calls it, and returns what it used.
 
     Raises:
         UserError: as `launch/train.py`.
@@ -129,7 +128,7 @@ def measure_rank(values: dict[str, Any], steps: int, folder: Path) -> None:
             seconds.append(time.perf_counter() - started)
             between.append(count.now())
             peaks.append(max(count.most(), *phases.values(), 0))
-        found = RankMemory(
+        return RankMemory(
             device=count.device,
             rank=ranks.rank,
             stage=topology.coordinates["pipeline"],
@@ -143,7 +142,6 @@ def measure_rank(values: dict[str, Any], steps: int, folder: Path) -> None:
             seconds=seconds,
             losses=losses,
         )
-    (folder / f"rank{ranks.rank:04d}.json").write_text(json.dumps(asdict(found)))
 
 
 def random_batch(recipe: Recipe, layout: "Layout", seed: int) -> Batch:

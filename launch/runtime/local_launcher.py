@@ -16,10 +16,6 @@ from launch.errors import UserError
 
 # A fresh interpreter per rank: ranks must not inherit our torch and CUDA state.
 CONTEXT = multiprocessing.get_context("spawn")
-# Forks of a server that has imported torch and DeepSpeed but never started CUDA: an import takes each
-# rank 6 s, and a table of layouts starts dozens.
-SERVER = multiprocessing.get_context("forkserver")
-PRELOAD = ["torch", "deepspeed", "torch._dynamo", "launch.training.engine"]
 SECONDS_TO_LEAVE = 10.0
 RANKS_WITHOUT_GPU = 2
 
@@ -65,9 +61,7 @@ def free_port() -> int:
             return port
 
 
-def run_local_ranks(
-    function: Callable[..., None], world_size: int, *args: Any, from_server: bool = False
-) -> None:
+def run_local_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
     """Call `function(*args)` in `world_size` processes, with a launcher's environment variables.
 
     No process outlives this call or the calling process.
@@ -77,24 +71,17 @@ def run_local_ranks(
             import torch, so that `launch.runtime.process_group.prepare_environment` runs first.
         world_size: number of processes, one per GPU if there are GPUs.
         args: passed to every rank; must be picklable.
-        from_server: fork the ranks of a server with torch already imported, for many short calls.
 
     Raises:
         UserError: the first one raised by a rank, or if a rank crashed or was killed.
     """
     port = free_port()
-    context: Any = CONTEXT
-    if from_server:
-        context = SERVER
-        SERVER.set_forkserver_preload(PRELOAD)
-        # DeepSpeed looks for GPUs when it is imported; asked through NVML, that starts no CUDA.
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     pipes: list[Connection] = []
     processes: list[Any] = []
     try:
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=_in_child,
                 args=(theirs, rank_environment(rank, world_size, port), function, args),
             )
