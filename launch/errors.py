@@ -7,7 +7,13 @@ from types import TracebackType
 
 
 class UserError(Exception):
-    """A mistake that the user can fix; the message says what is wrong, where, and how to fix it."""
+    """A mistake that the user can fix; the message says what is wrong, where, and how to fix it.
+
+    It is one line, also if it quotes a key or a value of several.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -31,9 +31,8 @@ CASES = [
 
 def kinds(case: Case) -> set[str]:
     """Compiling takes most of the time: `make test` has a block with hooks, and one with collectives."""
-    return {"ZeRO-3"} & {f"ZeRO-{case.stem[4]}"} | {
-        "tensor ranks" for o in case.overrides if o == TP2
-    }
+    has = {"ZeRO-3": case.stem == "zero3", "tensor ranks": TP2 in case.overrides}
+    return {kind for kind, there in has.items() if there}
 
 
 @pytest.mark.parametrize(

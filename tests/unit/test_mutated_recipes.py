@@ -50,7 +50,8 @@ def check(seed: dict[str, Any], changes: list[tuple[tuple[str, ...], Any]], rank
     try:
         plan(values, ranks)
     except UserError as error:
-        assert str(error).strip()  # `failures.end` prints it as one line
+        assert str(error).strip()
+        assert "\n" not in str(error), error
 
 
 SETTINGS = (st.sampled_from(SEEDS), CHANGES, st.sampled_from([1, 2, 8, 1024]))
