@@ -69,7 +69,7 @@ def certify(rows: list[Row], jobs: int | None, out: Path) -> int:
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs: {jobs} is too few; use 1 or more")
-    devices = Devices.of_this_machine()
+    devices = Devices.of_this_machine(jobs)
     jobs = jobs or len(devices) or max(1, len(os.sched_getaffinity(0)) // 2)
     using = results.versions(run_ranks(results.device_name, 1, show=None)[0])
     done = results.finished(results.read(out), using)
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--jobs",
         type=int,
         metavar="N",
-        help="how many to run side by side; default: half the cores, or what fits on the GPUs",
+        help="how many to run side by side; default: half the cores, or one a GPU; more share the GPUs",
     )
     parser.add_argument(
         "--out",

@@ -115,43 +115,49 @@ def _clips_as_named(clip: str, norms: list[float]) -> bool:
 
 
 class Devices:
-    """The GPUs, to be lent to one composition at a time; without GPUs, nothing to wait for."""
+    """The GPUs, each lent to a few compositions at a time; without GPUs, nothing to wait for.
 
-    def __init__(self, gpus: list[str]) -> None:
-        self._free, self._all = list(gpus), len(gpus)
+    The models are so small that a GPU waits for its process most of the time.
+    """
+
+    def __init__(self, gpus: list[str], share: int = 1) -> None:
+        self._free = {gpu: share for gpu in gpus}
         self._returned = threading.Condition()
 
     @classmethod
-    def of_this_machine(cls) -> "Devices":
-        """Those that CUDA_VISIBLE_DEVICES shows."""
+    def of_this_machine(cls, jobs: int | None = None) -> "Devices":
+        """Those that CUDA_VISIBLE_DEVICES shows, each shared by as many as `jobs` at once ask for."""
         import torch
 
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
         names = shown.split(",")[:count] if shown else [str(index) for index in range(count)]
-        return cls(names)
+        return cls(names, -(-(jobs or 1) // max(1, count)))
 
     def __len__(self) -> int:
-        return self._all
+        return len(self._free)
 
     def have(self, count: int) -> bool:
         """Whether there are as many, lent or not."""
-        return not self._all or count <= self._all
+        return not self._free or count <= len(self._free)
 
     @contextmanager
     def lent(self, count: int) -> Iterator[dict[str, str]]:
-        """Wait for `count` GPUs; yield the environment that shows them alone."""
-        if not self._all:
+        """Wait for `count` GPUs, the least used ones; yield the environment that shows them alone."""
+        if not self._free:
             yield {}
             return
         with self._returned:
-            self._returned.wait_for(lambda: len(self._free) >= count)
-            mine, self._free = self._free[:count], self._free[count:]
+            self._returned.wait_for(lambda: sum(map(bool, self._free.values())) >= count)
+            mine = sorted(self._free, key=lambda gpu: -self._free[gpu])[:count]
+            for gpu in mine:
+                self._free[gpu] -= 1
         try:
             yield {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
         finally:
             with self._returned:
-                self._free += mine
+                for gpu in mine:
+                    self._free[gpu] += 1
                 self._returned.notify_all()
 
 

@@ -86,7 +86,7 @@ def test_what_the_ranks_raise_fails_the_composition_alone(tmp_path: Path) -> Non
     assert found.share is None
 
 
-def test_gpus_are_lent_to_one_at_a_time() -> None:
+def test_a_gpu_is_lent_to_one_at_a_time() -> None:
     devices, taken, seen = Devices(["4", "5", "6"]), threading.Event(), []
 
     def take() -> None:
@@ -100,7 +100,13 @@ def test_gpus_are_lent_to_one_at_a_time() -> None:
         other.start()
         assert not taken.wait(0.2)  # one is left, and two are asked for
     other.join()
-    assert seen == [{"CUDA_VISIBLE_DEVICES": "6,4"}]
+    assert seen == [{"CUDA_VISIBLE_DEVICES": "4,5"}]
+
+
+def test_a_shared_gpu_is_lent_once_a_composition_and_the_least_used_first() -> None:
+    devices = Devices(["4", "5"], share=2)
+    with devices.lent(1) as first, devices.lent(1) as second, devices.lent(2) as both:
+        assert [env["CUDA_VISIBLE_DEVICES"] for env in (first, second, both)] == ["4", "5", "4,5"]
 
 
 def line(row: Row, status: str, share: float | None = 0.5, **versions: str) -> results.Record:
