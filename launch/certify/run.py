@@ -121,7 +121,7 @@ class Devices:
     """
 
     def __init__(self, gpus: list[str], share: int = 1) -> None:
-        self._free = {gpu: share for gpu in gpus}
+        self._free = dict.fromkeys(gpus, share)
         self._returned = threading.Condition()
 
     @classmethod
