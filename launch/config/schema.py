@@ -162,7 +162,7 @@ class Run(_Block):
     tensorboard: bool = True
     wandb: str | None = None
     sample_prompt: str = "def "
-    sample_tokens: Annotated[int, Field(ge=0)] = 300
+    sample_tokens: Annotated[int, Field(ge=0)] = 100
 
 
 class Recipe(_Block):

@@ -1,7 +1,8 @@
-"""Start-up: an op that DeepSpeed compiles on a CPU, and that training never calls."""
+"""Start-up: what DeepSpeed compiles, or prepares to compile, and training never calls."""
 
 import importlib
 from typing import Any
+from unittest import mock
 
 
 def skip_shared_memory_op() -> None:
@@ -16,3 +17,19 @@ def skip_shared_memory_op() -> None:
     # Not `deepspeed.comm.torch`: that attribute is torch itself.
     module: Any = importlib.import_module("deepspeed.comm.torch")
     module.build_shm_op = lambda: None
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without compiling its kernels. Call it where the optimizer is another.
+
+    Defect: to see whether an optimizer is Muon, every engine with ZeRO or in bf16 imports Muon. That calls
+        torch.compile, which imports torch's compiler: a second of CPU time on each rank.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: import it before, with the decorator that DeepSpeed has for a torch without a compiler.
+        The class that engines look for stays DeepSpeed's own.
+    Proof: test_startup.py::test_an_engine_without_muon_compiles_its_kernels
+    """
+    from deepspeed.runtime import compiler
+
+    with mock.patch.object(compiler, "compile", lambda: compiler.dummy_decorator):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")

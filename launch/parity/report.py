@@ -86,12 +86,11 @@ def _step(difference: Difference) -> int:
 
 def save_picture(differences: list[Difference], title: str, file: Path) -> None:
     """Plot the differences by step and those of the worst tensors, each with its tolerance."""
-    import matplotlib
+    # Without pyplot, which also looks for a window system.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     figure.suptitle(title)
     for quantity, colour in (("loss", "tab:blue"), ("grad norm", "tab:orange")):
         by_step = {int(d.where.split()[1]): d for d in differences if d.quantity == quantity}
@@ -123,4 +122,3 @@ def save_picture(differences: list[Difference], title: str, file: Path) -> None:
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
-    plt.close(figure)

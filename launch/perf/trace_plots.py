@@ -175,10 +175,8 @@ def _arrows(stages: Stages, schedule: str, thread: int, begin: float) -> list[di
 
 def save_picture(runs: list[ScheduleRun], title: str, file: Path) -> None:
     """Draw the typical step of each run, one below the other on the same time scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    # Without pyplot, which also looks for a window system.
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -187,10 +185,9 @@ def save_picture(runs: list[ScheduleRun], title: str, file: Path) -> None:
     stages = len(runs[0].saved_bytes)
     steps = [run.typical() for run in runs]
     width = max(_since(stages, e.end) for stages in steps for events in stages for e in events)
-    figure, panels = plt.subplots(
-        len(runs), 1, figsize=(14, 1.2 + len(runs) * (0.9 + 0.55 * stages)), sharex=True,
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+    height = 1.2 + len(runs) * (0.9 + 0.55 * stages)
+    figure = Figure(figsize=(14, height), layout="constrained")
+    panels = figure.subplots(len(runs), 1, sharex=True, squeeze=False)
     for panel, run, step in zip(panels[:, 0], runs, steps, strict=True):
         _draw(panel, step, width)
         ideal = ideal_bubble(run.schedule, stages, run.micro_batches)
@@ -206,7 +203,6 @@ def save_picture(runs: list[ScheduleRun], title: str, file: Path) -> None:
     figure.legend(handles=[*boxes, line], loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title)
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def _since(stages: Stages, when: float) -> float:

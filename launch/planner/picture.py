@@ -19,13 +19,11 @@ def draw(bars: Sequence[Bar], capacity: float | None, title: str, file: Path) ->
         title: above the picture.
         file: a png or svg.
     """
-    import matplotlib
+    # Without pyplot, which also looks for a window system.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.42 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(10, 1.2 + 0.42 * len(bars)), layout="constrained")
+    axes = figure.subplots()
     names = [field.name for field in fields(Parts)]
     left = [0.0] * len(bars)
     rows = list(range(len(bars), 0, -1))
@@ -34,7 +32,7 @@ def draw(bars: Sequence[Bar], capacity: float | None, title: str, file: Path) ->
             outside if name == "outside torch" else getattr(parts, name) / GIB
             for _, parts, outside, _ in bars
         ]
-        axes.barh(rows, widths, left=left, label=name, color=plt.get_cmap("tab10")(number))
+        axes.barh(rows, widths, left=left, label=name, color=f"C{number}")
         left = [start + width for start, width in zip(left, widths, strict=True)]
     points = [(value, row) for (_, _, _, value), row in zip(bars, rows, strict=True) if value]
     if points:
@@ -46,4 +44,3 @@ def draw(bars: Sequence[Bar], capacity: float | None, title: str, file: Path) ->
     axes.set_title(title)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(file, dpi=120)
-    plt.close(figure)

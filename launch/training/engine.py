@@ -20,7 +20,8 @@ from launch.deepspeed_patches.stage0 import (
     mark_gradients,
     undo_step_taken_at_construction,
 )
-from launch.ds_json.view import training_dtype, zero_stage
+from launch.deepspeed_patches.startup import import_muon_uncompiled
+from launch.ds_json.view import optimizer_block, training_dtype, zero_stage
 from launch.runtime.process_group import RankInfo
 from launch.training.build_model import build_model, build_partitioned, build_pipeline
 from launch.training.compile import compile_engine, gather_whole_blocks
@@ -60,6 +61,8 @@ def build_engine(
             optimizer, lambda step: learning_rate_factor(train.schedule, step, train.steps)
         )
 
+    if optimizer_block(ds_config)[0].lower() != "muon":
+        import_muon_uncompiled()
     engine: DeepSpeedEngine = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),

@@ -182,10 +182,8 @@ def validation_loss_of(record: dict[str, Any]) -> float | None:
 
 def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
     """Plot training and validation loss over tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    # Without pyplot, which also looks for a window system.
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     training = [r for r in records if "loss" in r]
@@ -195,7 +193,8 @@ def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
     validation = [
         (r["step"] * per_step, loss) for r in records if (loss := validation_loss_of(r)) is not None
     ]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
     axes.plot(
         [r["tokens"] for r in training], [r["loss"] for r in training], lw=1.2, label="training"
     )
@@ -214,4 +213,3 @@ def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(file)
-    plt.close(figure)

@@ -3,7 +3,10 @@
 A test here fails once DeepSpeed has repaired the defect; its message names the workaround to remove.
 """
 
-from tests.deepspeed_patches.raw import repaired
+import sys
+from typing import Any
+
+from tests.deepspeed_patches.raw import initialize, repaired
 from tests.ranks import run_ranks
 
 
@@ -25,3 +28,24 @@ def test_init_distributed_compiles_shm_comm() -> None:
     assert run_ranks(ops_loaded_at_start, 1) == [["deepspeed_shm_comm"]], repaired(
         "startup.skip_shared_memory_op"
     )
+
+
+def compiled_for_an_engine_with_adamw() -> list[str]:
+    import torch
+
+    for name in ("muon_optimizer", "original_muon"):  # the fork server has imported them
+        del sys.modules[f"deepspeed.runtime.zero.muon.{name}"]
+    compiled: list[str] = []
+
+    def compile_kernel(kernel: Any) -> Any:
+        compiled.append(kernel.__name__)
+        return kernel
+
+    torch.compile = compile_kernel
+    initialize(torch.nn.Linear(2, 2), {"zero_optimization": {"stage": 1}})
+    return compiled
+
+
+def test_an_engine_without_muon_compiles_its_kernels() -> None:
+    [compiled] = run_ranks(compiled_for_an_engine_with_adamw, 1)
+    assert "muon_update" in compiled, repaired("startup.import_muon_uncompiled")
