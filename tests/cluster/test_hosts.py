@@ -150,6 +150,7 @@ def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
     assert "cancelled" in state(cluster, job)
 
 
+@pytest.mark.matrix  # as the one that is cancelled with its supervisor
 def test_a_job_is_cancelled_also_when_its_supervisor_was_killed(cluster: Cluster) -> None:
     file = recipe(cluster, "orphan", steps=MANY)
     job = submit(cluster, "openmpi", file, hosts(cluster), gpus=1)
@@ -203,9 +204,8 @@ def test_a_job_that_is_asked_to_save_goes_on_when_submitted_again(
 MOMENTS = [pytest.param(kind, after) for after in (1.5, 0.0, 4.0) for kind in LAUNCHERS]
 
 
-@pytest.mark.parametrize(
-    ("kind", "seconds"), representatives(MOMENTS, lambda kind, seconds: {kind, seconds} & {"ssh"})
-)
+@pytest.mark.matrix  # as one that trains already
+@pytest.mark.parametrize(("kind", "seconds"), MOMENTS)
 def test_a_job_is_cancelled_at_whatever_moment_of_its_start(
     cluster: Cluster, kind: str, seconds: float
 ) -> None:
