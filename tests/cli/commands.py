@@ -151,11 +151,22 @@ def train_forked(
     `words` are more of the command line; the ranks meet at `port`, or at a free one; a file may have
     `file_limit` bytes.
     """
-    _, entry, *rest = (str(part) for part in train_command(Path(recipe), *sets, resume=resume))
+    _, *command = train_command(Path(recipe), *sets, resume=resume)
     port = port or free_port()
     environments = [rank_environment(rank, ranks, port) for rank in range(ranks)]
-    command = [entry, *rest, *words]
-    return Ended(*run_ranks(_run_entries, 1, command, environments or [{}], file_limit)[0])
+    return _forked([*command, *words], environments or [{}], file_limit)
+
+
+def run_forked(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Ended:
+    """`run` of a Python script and its arguments, for less, as `train_forked`."""
+    return _forked(command, [dict(env or {})])
+
+
+def _forked(
+    command: Sequence[str | Path], environments: list[dict[str, str]], file_limit: int | None = None
+) -> Ended:
+    words = [str(part) for part in command]
+    return Ended(*run_ranks(_run_entries, 1, words, environments, file_limit)[0])
 
 
 def _run_entries(
