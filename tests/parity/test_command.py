@@ -1,19 +1,13 @@
 """`scripts/parity.py` as a person runs it."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from launch.errors import UserError
 from launch.parity.bisect import report
 from launch.paths import ROOT
-from launch.runtime.local_launcher import run_local_ranks
 from scripts import parity as command
 from tests.cli.commands import run_forked
 from tests.parity.cases import write_text
@@ -110,24 +104,3 @@ def test_more_steps_than_the_tolerances_hold_for_are_rejected(tmp_path: Path) ->
     done = run_forked(["scripts/parity.py", *arguments(tmp_path), "--steps", "11"])
     assert done.code == 2
     assert "--steps" in done.error()
-
-
-def one_rank_is_killed() -> None:
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
-
-
-def one_rank_rejects() -> None:
-    if os.environ["RANK"] == "1":
-        raise UserError("data.source: there is no text")
-    time.sleep(600)
-
-
-def test_ranks_end_together() -> None:
-    with pytest.raises(UserError, match="rank 1 died with exit code -9"):
-        run_local_ranks(one_rank_is_killed, 2)
-    with pytest.raises(UserError, match=r"^data\.source: there is no text$"):
-        run_local_ranks(one_rank_rejects, 2)
-    ours = psutil.Process().children(recursive=True)
-    assert not [child for child in ours if "spawn_main" in " ".join(child.cmdline())]
