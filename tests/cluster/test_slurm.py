@@ -123,6 +123,7 @@ def test_plain_srun_starts_one_world(cluster: Cluster) -> None:
     assert done.output.count("4 ranks = pipeline 1 x data 4 x tensor 1") == 1
 
 
+@pytest.mark.matrix  # as on hosts without Slurm
 def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
     job = submit(
         cluster, "slurm", recipe(cluster, "cancel", steps=MANY), site(cluster, "plain"), gpus=1
