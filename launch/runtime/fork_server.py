@@ -8,6 +8,7 @@ ranks at once.
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -31,8 +32,10 @@ Result = TypeVar("Result")
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch", "deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3",
+    "transformers.models.llama.modeling_llama", "models.hf",
     "launch.training.engine", "launch.training.evaluate", "launch.checkpoint.safetensors_io",
-    "launch.data.prepare",
+    "launch.data.prepare", "launch.parity.run",
 ]  # fmt: skip
 # Two ranks with a thread a core each would fight over the cores of a small machine.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -204,6 +207,7 @@ def _in_child(
     pipe: Connection, payload: bytes, env: dict[str, str], output: str, dump: str
 ) -> None:
     os.setsid()  # a group of its own, so that what this rank starts can be ended with it
+    gc.freeze()  # the server's million objects stay: to look through them takes half a second each time
     watch = threading.Thread(target=_until_told_to_leave, args=(pipe,), daemon=True)
     watch.start()
     # Kept open until the process ends: the handler below writes into it.

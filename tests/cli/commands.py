@@ -2,11 +2,12 @@
 
 import os
 import re
+import resource
 import runpy
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,34 +137,88 @@ def train(
     return run(train_command(recipe, *sets, ranks=ranks, resume=resume), env, cwd)
 
 
-def train_forked(recipe: Path, *sets: str) -> Ended:
-    """`train` without a launcher, for less: forked off what has imported torch and DeepSpeed."""
-    _, entry, *words = (str(part) for part in train_command(recipe, *sets))
-    return Ended(*run_ranks(_run_entry, 1, entry, words)[0])
+def train_forked(
+    recipe: str | Path,
+    *sets: str,
+    ranks: int = 0,
+    resume: str | Path | None = None,
+    words: Sequence[str] = (),
+    port: int | None = None,
+    file_limit: int | None = None,
+) -> Ended:
+    """`train` for less: forked off what has imported torch and DeepSpeed, in the place of a launcher.
+
+    `words` are more of the command line; the ranks meet at `port`, or at a free one; a file may have
+    `file_limit` bytes.
+    """
+    _, *command = train_command(Path(recipe), *sets, resume=resume)
+    port = port or free_port()
+    environments = [rank_environment(rank, ranks, port) for rank in range(ranks)]
+    return _forked([*command, *words], environments or [{}], file_limit)
 
 
-def _run_entry(entry: str, words: list[str]) -> tuple[int, str]:
-    """Run in a rank: the entry as a script in a process of its own, whose end is a command's."""
-    with tempfile.TemporaryFile() as output:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-                for name in OF_A_RANK:
-                    os.environ.pop(name, None)
-                sys.argv = [entry, *words]
-                runpy.run_path(entry, run_name="__main__")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        output.seek(0)
-        return os.waitstatus_to_exitcode(status), output.read().decode(errors="replace")
+def run_forked(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Ended:
+    """`run` of a Python script and its arguments, for less, as `train_forked`."""
+    return _forked(command, [dict(env or {})])
+
+
+def _forked(
+    command: Sequence[str | Path], environments: list[dict[str, str]], file_limit: int | None = None
+) -> Ended:
+    words = [str(part) for part in command]
+    return Ended(*run_ranks(_run_entries, 1, words, environments, file_limit)[0])
+
+
+def _run_entries(
+    command: list[str], environments: list[dict[str, str]], file_limit: int | None
+) -> tuple[int, str]:
+    """Run in a rank: the entry as a script in processes of their own; the first to fail ends all."""
+    read, write = os.pipe()
+    running = [_forked_entry(command, each, file_limit, write) for each in environments]
+    os.close(write)
+    printed: list[bytes] = []
+    reader = threading.Thread(
+        target=lambda: printed.extend(iter(lambda: os.read(read, 65536), b""))
+    )
+    reader.start()
+    code = 0
+    while running:
+        pid, status = os.wait()
+        running.remove(pid)
+        if status and not code:
+            code = os.waitstatus_to_exitcode(status)
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    reader.join()
+    return code, b"".join(printed).decode(errors="replace")
+
+
+def _forked_entry(
+    command: list[str], environment: dict[str, str], file_limit: int | None, output: int
+) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        for name in OF_A_RANK:
+            os.environ.pop(name, None)
+        os.environ |= environment
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def train_command(

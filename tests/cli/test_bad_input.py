@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.paths import ROOT
-from tests.cli.commands import Ended, run, train, train_command, train_forked, write_recipe
+from tests.cli.commands import Ended, run, train, train_forked, write_recipe
 
 CONFIG = "deepspeed.config"
 
@@ -209,9 +209,7 @@ def test_a_port_in_use_is_rejected(recipe: Path) -> None:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = train_command(recipe, ranks=2)
-        command[command.index("--master_port") + 1] = str(port)
-        rejected(run(command), str(port), "in use", "--master_port")
+        rejected(train_forked(recipe, ranks=2, port=port), str(port), "in use", "--master_port")
 
 
 def test_a_missing_compiler_is_rejected(recipe: Path, tmp_path: Path) -> None:
@@ -229,7 +227,8 @@ def test_a_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_divide_the_batch_are_rejected_once(recipe: Path) -> None:
-    ended = train(recipe, "train.global_batch_size=7", "train.micro_batch_size=1", ranks=2)
+    sets = ["train.global_batch_size=7", "train.micro_batch_size=1"]
+    ended = train_forked(recipe, *sets, ranks=2)
     rejected(ended, "train.global_batch_size", "7", "2")
 
 

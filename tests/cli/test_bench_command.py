@@ -1,14 +1,13 @@
 """scripts/bench.py: both configurations train the same, and the ratios follow from what was timed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from launch.errors import UserError
 from launch.paths import ROOT
 from scripts import bench as command
+from tests.ranks import forked_local_ranks
 
 SMALL = [
     "train.global_batch_size=8", "train.micro_batch_size=2", "model.layers=2", "model.hidden=32",
@@ -21,15 +20,14 @@ def arguments(*words: str) -> list[str]:
     return ["--config", recipe, "--ranks", "2", "--set", *SMALL, *words]
 
 
-def test_all_train_the_same_in_one_run() -> None:
+def test_all_train_the_same_in_one_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One device, the layer-wise baseline in one process, and the recipe's layout."""
+    monkeypatch.setattr("launch.runtime.local_launcher.run_local_ranks", forked_local_ranks)
     words = ["--steps", "3", "--warmup", "1", "--rounds", "1", "--layerwise", "--json"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/bench.py"), *arguments(*words)],
-        capture_output=True, text=True, timeout=1000, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    command.run(command.parse_arguments(arguments(*words)))
+    found = json.loads(capsys.readouterr().out)
     plain, layerwise, layout = found["speeds"]
     assert (plain["ranks"], layout["ranks"]) == (1, 2)
     assert (layerwise["name"], layerwise["ranks"]) == ("layer-wise", 2)

@@ -16,11 +16,11 @@ from tests.cli.commands import (
     Ended,
     of_session,
     ranks_of,
-    run,
     send,
     started,
     train,
     train_command,
+    train_forked,
     wait_for,
     write_recipe,
 )
@@ -36,7 +36,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_a_rank_killed_by_kill_9_and_the_run_resumed(recipe: Path, tmp_path: Path) -> None:
-    whole = train(recipe, "train.steps=8", f"run.dir={tmp_path}/whole", ranks=2)
+    whole = train_forked(recipe, "train.steps=8", f"run.dir={tmp_path}/whole", ranks=2)
     assert whole.code == 0, whole.output
     run = tmp_path / "run"
     # The ranks wait at a step, to be found there and killed.
@@ -50,7 +50,7 @@ def test_a_rank_killed_by_kill_9_and_the_run_resumed(recipe: Path, tmp_path: Pat
     assert "--resume auto" in line
     assert [r["step"] for r in steps_logged(run)] == [1, 2, 3, 4, 5]
 
-    resumed = train(recipe, "train.steps=8", resume="auto", ranks=2)
+    resumed = train_forked(recipe, "train.steps=8", resume="auto", ranks=2)
     assert resumed.code == 0, resumed.output
     assert f"resuming after step 4 from {run}" in resumed.output
     assert steps_logged(run) == steps_logged(tmp_path / "whole")
@@ -103,7 +103,7 @@ def _front_end(session: int) -> psutil.Process:
     return psutil.Process(session)
 
 
-@pytest.mark.parametrize("victim", [_launcher, _front_end])
+@pytest.mark.parametrize("victim", [_launcher, pytest.param(_front_end, marks=pytest.mark.matrix)])
 def test_nothing_outlives_the_launcher(
     victim: Callable[[int], psutil.Process], recipe: Path, tmp_path: Path
 ) -> None:
@@ -128,7 +128,7 @@ def test_ctrl_c_is_one_line(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(recipe: Path, tmp_path: Path) -> None:
-    ended = train(
+    ended = train_forked(
         recipe, "train.steps=30", "deepspeed.optimizer.params.lr=1e30",
         "train.schedule.warmup_steps=0", "checkpoint.every=1",
     )  # fmt: skip
@@ -141,21 +141,6 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe: Path, tmp_path: Path) ->
     assert find_damage(tmp_path / f"run/checkpoints/step_{last:08d}") is None
 
 
-LIMITED = """
-import resource, runpy, sys
-limit = int(sys.argv.pop(1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-sys.argv.pop(0)
-sys.path.insert(0, "")
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def _with_limit(recipe: Path, size: int, *sets: str, resume: str | None = None) -> Ended:
-    python, *rest = train_command(recipe, *sets, resume=resume)
-    return run([python, "-c", LIMITED, str(size), *rest])
-
-
 FILES = {
     "checkpoint": (100_000, (), ("checkpoint of step 2", "make room", "--resume auto")),
     "metrics": (6_000, ("checkpoint.every=0", "train.steps=60"), ("metrics.jsonl", "cannot write")),
@@ -165,11 +150,11 @@ FILES = {
 
 
 def test_a_file_that_cannot_grow_is_told_in_one_line(recipe: Path, tmp_path: Path) -> None:
-    first = train(recipe, f"run.dir={tmp_path}/first")  # makes the tokens, which grow too
+    first = train_forked(recipe, f"run.dir={tmp_path}/first")  # makes the tokens, which grow too
     assert first.code == 0, first.output
     for name, (size, sets, words) in FILES.items():
         folder = tmp_path / name
-        ended = _with_limit(recipe, size, f"run.dir={folder}", *sets)
+        ended = train_forked(recipe, f"run.dir={folder}", *sets, file_limit=size)
         line = ended.error()
         assert ended.code == 2
         assert all(word in line for word in words), line

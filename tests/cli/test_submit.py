@@ -1,7 +1,6 @@
 """scripts/submit.py before a cluster has the job: what it renders, rejects and remembers."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import yaml
 from launch.cluster.backend import MODULES
 from launch.config.load import load_recipe
 from launch.paths import ROOT
-from tests.cli.commands import Ended, run
+from tests.cli.commands import Ended, run_forked
 
 RECIPE = "recipes/gpt_tiny_zero2.yaml"
 SITE = """
@@ -25,7 +24,7 @@ def submit(
     *words: str | Path, site: Path | None = None, env: dict[str, str] | None = None
 ) -> Ended:
     of_site = ("--site", site) if site else ()
-    return run([sys.executable, ROOT / "scripts/submit.py", *words, *of_site], env)
+    return run_forked([ROOT / "scripts/submit.py", *words, *of_site], env)
 
 
 def dry_run(cluster: str, site: Path, *words: str, nodes: int = 2, gpus: int = 1) -> Ended:

@@ -13,7 +13,7 @@ import pytest
 from launch.paths import ROOT
 from launch.runtime.local_launcher import free_port
 from launch.runtime.run_dir import read_metrics
-from tests.cli.commands import OF_A_RANK
+from tests.cli.commands import OF_A_RANK, train_forked
 
 MATRIX = pytest.mark.matrix
 RECIPE = "recipes/gpt_tiny_zero2.yaml"
@@ -172,6 +172,6 @@ def test_dry_run_says_what_would_run(tmp_path: Path) -> None:
 
 
 def test_dry_run_under_a_launcher_counts_its_ranks_and_speaks_once() -> None:
-    done = command(*deepspeed(), ENTRY, "--config", RECIPE, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("layout: 2 ranks = ") == 1
+    done = train_forked(RECIPE, ranks=2, words=["--dry-run"])
+    assert done.code == 0, done.output
+    assert done.output.count("layout: 2 ranks = ") == 1

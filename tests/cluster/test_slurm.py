@@ -21,6 +21,7 @@ from tests.cluster.jobs import (
     recipe_values,
     site,
     state,
+    steps,
     submit,
     train_on_one_host,
     training,
@@ -109,6 +110,7 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     assert (job.run / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.matrix  # what srun tells each rank: tests/unit/test_rank_env.py
 def test_plain_srun_starts_one_world(cluster: Cluster) -> None:
     """Two nodes, of which nobody says where the ranks meet."""
     file = write_yaml(cluster.folder / "srun.yaml", recipe_values(cluster, steps=2))
@@ -121,6 +123,7 @@ def test_plain_srun_starts_one_world(cluster: Cluster) -> None:
     assert done.output.count("4 ranks = pipeline 1 x data 4 x tensor 1") == 1
 
 
+@pytest.mark.matrix  # as on hosts without Slurm
 def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
     job = submit(
         cluster, "slurm", recipe(cluster, "cancel", steps=MANY), site(cluster, "plain"), gpus=1
@@ -132,6 +135,7 @@ def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
     assert "cancelled" in state(cluster, job)
 
 
+@pytest.mark.matrix  # as of the job whose node died
 def test_a_killed_rank_ends_the_job(cluster: Cluster) -> None:
     job = submit(
         cluster, "slurm", recipe(cluster, "rank", steps=MANY), site(cluster, "plain"), gpus=1
@@ -156,7 +160,9 @@ def test_a_node_whose_ranks_hang_is_ended_when_a_rank_of_another_fails(cluster: 
     wait_for_nothing_left(cluster)
 
 
-def test_a_job_whose_node_dies_goes_on_when_it_is_back(cluster: Cluster) -> None:
+def test_a_job_whose_node_dies_goes_on_when_it_is_back_and_ends_with_a_rank(
+    cluster: Cluster,
+) -> None:
     job = submit(
         cluster, "slurm", recipe(cluster, "node", steps=MANY), site(cluster, "plain"), gpus=1
     )
@@ -171,8 +177,13 @@ def test_a_job_whose_node_dies_goes_on_when_it_is_back(cluster: Cluster) -> None
         return any("resuming after step" in log.read_text() for log in job.logs)
 
     wait_until(resumed, 120, "the job resumes")
-    assert care(cluster, "cancel", job.id).code == 0
+    wait_for_step(job, max(steps(job.run)) + 1)
+    training(cluster, cluster.hosts[1])[1].kill()
     wait_for_nothing_left(cluster)
+    followed = care(cluster, "status", "--follow", str(job.run))
+    assert followed.code == 2
+    assert "the connection to another rank is lost" in followed.error()
+    assert "logs:" in followed.error()
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ COMPLETE = [
 
 
 @given(mutated(COMPLETE))
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=100, derandomize=True, deadline=None)
 def test_they_agree_on_changed_configs(config: dict[str, Any]) -> None:
     assert disagreement(config) == ""
 

@@ -20,14 +20,14 @@ def check(config: dict[str, Any]) -> None:
 
 
 @given(mutated(SEEDS))
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=100, derandomize=True, deadline=None)
 def test_a_changed_config_gets_findings(config: dict[str, Any]) -> None:
     check(config)
 
 
 @pytest.mark.matrix
 @given(mutated(SEEDS))
-@settings(max_examples=3000, derandomize=True, deadline=None)
+@settings(max_examples=1000, derandomize=True, deadline=None)
 def test_many_changed_configs_get_findings(config: dict[str, Any]) -> None:
     check(config)
 
@@ -37,11 +37,10 @@ ODD = [*EXTREME, 10**5000, None, True, "auto", [], {}, [[]], "x"]
 
 @pytest.mark.parametrize("number", range(len(ODD)))  # pytest would print the values
 def test_any_key_may_hold_anything(number: int) -> None:
-    for path in KNOWN:
+    for place, path in enumerate(KNOWN):
         config: dict[str, Any] = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
         set_at(config, path, ODD[number])
-        for hf in (False, True):
-            lint(config, hf=hf, world_size=2)
+        lint(config, hf=(place + number) % 2 == 0, world_size=2)  # each key is read in both ways
 
 
 def test_deep_nesting_is_one_finding() -> None:

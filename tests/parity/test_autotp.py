@@ -81,7 +81,7 @@ def _replicas(values: dict[str, Any], scratch: Path) -> tuple[dict[str, Any], di
     return held, shapes
 
 
-@pytest.mark.parametrize("stem", ["zero1", "zero3"])
+@pytest.mark.parametrize("stem", [pytest.param("zero1", marks=pytest.mark.matrix), "zero3"])
 def test_what_is_whole_stays_the_same_on_all_ranks(stem: str, bench: Workbench) -> None:
     recipe = HFCase(stem, 4, "bf16", model="qwen3").recipe(bench.folder)
     results = run_ranks(_replicas, 4, recipe.model_dump(), bench.folder / "swap")

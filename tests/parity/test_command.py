@@ -1,21 +1,17 @@
 """`scripts/parity.py` as a person runs it."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from launch.errors import UserError
 from launch.parity.bisect import report
 from launch.paths import ROOT
-from launch.runtime.local_launcher import run_local_ranks
 from scripts import parity as command
+from tests.cli.commands import run_forked
 from tests.parity.cases import write_text
+from tests.ranks import forked_local_ranks
 
 RECIPE = ROOT / "recipes" / "gpt_tiny_zero1.yaml"
 
@@ -75,6 +71,8 @@ def test_a_fault_ends_with_exit_code_1_and_its_place(
 ) -> None:
     monkeypatch.setattr("launch.parity.run.write_layout_record", faulty_write_layout_record)
     monkeypatch.setattr("launch.parity.run.write_recording", faulty_write_recording)
+    for module in ("scripts.parity", "launch.parity.bisect"):
+        monkeypatch.setattr(f"{module}.run_local_ranks", forked_local_ranks)
     given = [*arguments(tmp_path), "--ranks", "1", "--bisect"]
     assert command.main(given) == command.EXIT_DIFFERENT
     printed = capsys.readouterr().out
@@ -97,37 +95,12 @@ def test_a_difference_that_only_a_compiled_model_has() -> None:
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = run(*arguments(tmp_path), "--ranks", "3")
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
-        done.stderr.splitlines()[-1]
-    ]
-    assert "train.global_batch_size" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = run_forked(["scripts/parity.py", *arguments(tmp_path), "--ranks", "3"])
+    assert done.code == 2
+    assert "train.global_batch_size" in done.error()
 
 
 def test_more_steps_than_the_tolerances_hold_for_are_rejected(tmp_path: Path) -> None:
-    done = run(*arguments(tmp_path), "--steps", "11")
-    assert done.returncode == 2
-    assert "--steps" in done.stderr
-
-
-def one_rank_is_killed() -> None:
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
-
-
-def one_rank_rejects() -> None:
-    if os.environ["RANK"] == "1":
-        raise UserError("data.source: there is no text")
-    time.sleep(600)
-
-
-def test_ranks_end_together() -> None:
-    with pytest.raises(UserError, match="rank 1 died with exit code -9"):
-        run_local_ranks(one_rank_is_killed, 2)
-    with pytest.raises(UserError, match=r"^data\.source: there is no text$"):
-        run_local_ranks(one_rank_rejects, 2)
-    ours = psutil.Process().children(recursive=True)
-    assert not [child for child in ours if "spawn_main" in " ".join(child.cmdline())]
+    done = run_forked(["scripts/parity.py", *arguments(tmp_path), "--steps", "11"])
+    assert done.code == 2
+    assert "--steps" in done.error()

@@ -1,7 +1,6 @@
 """No command in the documentation may rot: each is taken out of it and tried, or its flags are."""
 
 import functools
-import os
 import re
 import shlex
 import subprocess
@@ -16,6 +15,7 @@ from launch import train
 from launch.config.load import load_recipe
 from launch.paths import ROOT
 from launch.planner.dry_run import header, print_dry_run
+from tests.cli.commands import run_forked
 from tests.recipes.headers import header_ranks
 from tests.recipes.shrink import tiny_hub_model, without_hub
 
@@ -86,12 +86,9 @@ def hub_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def help_of(script: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"],
-        capture_output=True, text=True, timeout=1000, check=False, env={**os.environ, "COLUMNS": "160"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = run_forked([ROOT / script, "--help"], {"COLUMNS": "160"})
+    assert done.code == 0, done.output
+    return done.output[done.output.index("usage: ") :]
 
 
 def check_train(words: list[str], hub_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

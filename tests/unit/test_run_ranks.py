@@ -203,8 +203,10 @@ def test_ranks_end_when_the_tests_are_killed(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(
         f"import sys\nsys.path[0] = {str(ROOT)!r}\n"
+        "from launch.runtime import fork_server\n"
         "from launch.runtime.fork_server import run_ranks\n"
         "from tests.unit.test_run_ranks import wait_for_ever\n"
+        "fork_server.PRELOAD.clear()\n"  # these ranks need nothing of it
         f"if __name__ == '__main__':\n    run_ranks(wait_for_ever, 2, {str(folder)!r})\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)
