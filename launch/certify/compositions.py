@@ -68,11 +68,11 @@ SMALL_PARTS = {
     "offload_param.buffer_size": 20_000,
     "offload_param.buffer_count": 8,
 }
-# With Adam's eps of 1e-8, an element whose gradient is nearly zero moves by up to a hundredth of a full
-# step for rounding alone. In one of these models, one element of 4096 took its matrix to 6.8e-6 of the
-# norm on two tensor ranks, and to 2.6e-6 on two data parallel ones; the others came to 4.4e-7. With
-# 1e-7, one of a model that saw 64 tokens a step took its matrix to 3.2e-5; the gradients were right.
-FP32_EPS = 1e-6
+# Adam divides a gradient by its own size, and rounding as well: with the usual eps of 1e-8, an element
+# whose gradient is nearly zero steps as far as any other, and where rounding turns its sign, in the
+# opposite direction. One such element of 32 is past any bound for a sum over the tensor. Gradients are
+# about 7e-3 here; with this eps, rounding stays small, and weights also show a gradient that is scaled.
+EPS = 1e-3
 # The JSON that ships a kind of offload.
 OFFLOADS = {
     "optimizer": "zero2_offload_cpu",
@@ -170,7 +170,7 @@ def _deepspeed(row: Row, folder: Path) -> dict[str, Any]:
     """
     file = f"ds_configs/zero{row['stage']}.json"
     zero = dict(_json(file)["zero_optimization"])
-    params: dict[str, Any] = {"lr": LEARNING_RATE}
+    params: dict[str, Any] = {"lr": LEARNING_RATE, "eps": EPS}
     changes: dict[str, Any] = {}
     if row["offload"] != "none":
         shipped = _json(f"ds_configs/{OFFLOADS[row['offload']]}.json")
@@ -185,8 +185,6 @@ def _deepspeed(row: Row, folder: Path) -> dict[str, Any]:
     for key, value in small_parts(zero, folder).items():
         outer, _, inner = key.rpartition(".")
         (zero[outer] if outer else zero)[inner] = value
-    if row["precision"] == "fp32":
-        params["eps"] = FP32_EPS
     return {
         "config": file,
         "gradient_clipping": CLIPS[row["clip"]],

@@ -48,12 +48,15 @@ class Step:
         state, kept, gathered: bytes, by the modules that count them.
         kind: the class that holds its state (`state.wrapper`).
         whole_graph: whether torch.compile sees the whole model.
+        checkpointing: whether blocks are computed again in the backward pass.
         product: bytes of an element in matrix products.
         bucket: DeepSpeed's `reduce_bucket_size`, in elements.
         data: data parallel ranks.
         alive: micro batches whose activations the stage holds at a time.
         outputs: bytes of the outputs that a pipeline's engine keeps.
+        inputs: bytes of the inputs that it keeps, received from the stage before, and their gradients.
         head: elements of the output projection; 0 if another stage has it.
+        embedding: elements of the token embedding; 0 if another stage has it.
         tied: whether that is also this rank's token embedding.
     """
 
@@ -63,12 +66,15 @@ class Step:
     gathered: Gathered
     kind: str
     whole_graph: bool
+    checkpointing: bool
     product: int
     bucket: int
     data: int
     alive: int
     outputs: float
+    inputs: float
     head: int
+    embedding: int
     tied: bool
 
     @classmethod
@@ -91,7 +97,9 @@ class Step:
         partitioned = zero_stage(ds_config) == 3 and (grid["data"] > 1 or "weights" in held.host)
         schedule = recipe.parallel.schedule
         alive = micro_batches_alive(schedule, grid["pipeline"], stage, layout.accumulation)
-        has_head = last == config.layers + 4
+        # DeepSpeed's own schedule has two buffers at least.
+        buffers = alive if schedule == "naive" else max(2, alive)
+        has_head, vocab = last == config.layers + 4, -(-config.vocab // grid["tensor"])
         return cls(
             shapes=shapes,
             state=held,
@@ -101,20 +109,22 @@ class Step:
             else Gathered.none(),
             kind=wrapper(ds_config),
             whole_graph=compiled(recipe, ds_config) == "model",
+            checkpointing=recipe.model.checkpoint_activations,
             product=precision(ds_config).product,
             bucket=int(zero_block(ds_config).get("reduce_bucket_size", 500_000_000)),
             data=grid["data"],
             alive=alive,
-            # DeepSpeed's own schedule has two buffers at least.
-            outputs=kept.sent * (alive if schedule == "naive" else max(2, alive)),
-            head=-(-config.vocab // grid["tensor"]) * config.hidden if has_head else 0,
+            outputs=kept.sent * buffers,
+            inputs=2 * kept.received * buffers,
+            head=vocab * config.hidden if has_head else 0,
+            embedding=vocab * config.hidden if first == 0 else 0,
             tied=config.tied and first == 0 and has_head,
         )
 
     def moments(self) -> dict[str, Parts]:
         """The parts at each moment of a step at which memory can peak."""
         kept, before = self.kept, self.state.carried
-        micro = self.alive * kept.kept + kept.casts
+        micro = self.alive * kept.kept + kept.casts + self.inputs
         logits = self.alive * kept.logits
         if self.head:
             logits += self.outputs
@@ -141,7 +151,20 @@ class Step:
             ),
             "the update": self._parts(self.state.gradients, 0, 0, self._update(), 0),
         }
-        if not self.whole_graph:
+        if self.whole_graph:
+            # The embedding's gradient is added up in fp32; the compiler keeps what was the logits'.
+            found["the embedding's backward pass"] = self._parts(
+                before + self.product * count(self.shapes) + 4.0 * self.embedding,
+                0,
+                logits,
+                0,
+                0,
+            )
+            if self.checkpointing:
+                found["a block's backward pass"] = self._parts(
+                    before + own, micro + kept.block_backward, logits, 0, 0
+                )
+        else:
             # A tied weight's gradient waits for the embedding's; another is added to those before it.
             waits = self.tied or before == self.state.always
             found["a block's backward pass"] = self._parts(

@@ -4,6 +4,7 @@ The ranks train on random tokens, so that nothing is read or tokenized. On a GPU
 torch's allocator has handed out; on a CPU, the bytes of all tensors (`tensor_bytes.py`).
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -73,8 +74,11 @@ def measure(recipe: Recipe, ranks: int, steps: int = STEPS) -> list[RankMemory]:
     from launch.runtime.fork_server import run_ranks
 
     resolve(recipe, plan_layout(recipe, ranks))
+    # CPU Adam takes as many threads as it gets; a launcher leaves a rank its share of the cores.
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    env = {"OMP_NUM_THREADS": str(threads)}
     try:
-        return run_ranks(measure_rank, ranks, recipe.model_dump(), steps, show=None)
+        return run_ranks(measure_rank, ranks, recipe.model_dump(), steps, env=env, show=None)
     except UserError:
         raise
     except Exception as error:  # a rank's own: out of memory, for example
@@ -92,7 +96,6 @@ def measure_rank(values: dict[str, Any], steps: int) -> RankMemory:
     prepare_environment()
 
     import gc
-    import os
 
     import torch
 

@@ -27,7 +27,10 @@ FITTED = ("gpt-2048", "llama-2048", "qwen-1024")
 
 @dataclass(frozen=True)
 class Row:
-    """A measured rank, the fullest of its pipeline stage: peak in bytes, and the step's seconds."""
+    """A measured rank, the fullest of its pipeline stage: peak in bytes, and the step's seconds.
+
+    0 seconds: not to be compared.
+    """
 
     point: Point
     stage: int
@@ -50,6 +53,8 @@ def collect(files: list[Path]) -> None:
         for line in lines:
             found = line.get("measured", [])
             seconds = max((statistics.median(rank["seconds"][2:]) for rank in found), default=0.0)
+            if "offload" in line["layout"]:  # was measured with one thread for CPU Adam
+                seconds = 0.0
             for stage in sorted({rank["stage"] for rank in found}):
                 peak = max(rank["peak"] for rank in found if rank["stage"] == stage)
                 point = [line[key] for key in ("shape", "sequence", "layout", "ranks")]
@@ -77,7 +82,7 @@ def pairs_in_order(found: list[Row], apart: float = 0.05) -> tuple[int, int]:
     """Of the pairs of layouts whose measured times differ, how many are predicted in order; and all."""
     groups = defaultdict(list)
     for row in found:
-        if row.stage == 0:
+        if row.stage == 0 and row.seconds:
             groups[row.point.shape, row.point.sequence, row.point.ranks].append(row)
     right = total = 0
     for group in groups.values():
@@ -96,7 +101,11 @@ def main() -> None:
         collect([Path(name) for name in sys.argv[1:]])
     found = sorted(rows(), key=lambda row: -abs(row.error))
     errors = [abs(row.error) for row in found]
-    times = [abs(row.plan.time.total / row.seconds - 1) for row in found if row.stage == 0]
+    times = [
+        abs(row.plan.time.total / row.seconds - 1)
+        for row in found
+        if row.stage == 0 and row.seconds
+    ]
     right, total = pairs_in_order(found)
     print(f"{len(found)} peaks: worst {max(errors):.2%}, median {statistics.median(errors):.3%}")
     print(f"{len(times)} step times: worst {max(times):.0%}, median {statistics.median(times):.1%}")
@@ -109,8 +118,8 @@ def main() -> None:
         point, stage = row.point, row.plan.stages[row.stage]
         print(
             f"| {point.shape} | {point.sequence} | {point.layout} | {point.ranks} | {row.stage} | "
-            f"{row.peak / GIB:.2f} | {stage.total:.2f} | {row.error:+.2%} | {row.seconds:.3f} | "
-            f"{row.plan.time.total:.3f} |"
+            f"{row.peak / GIB:.2f} | {stage.total:.2f} | {row.error:+.2%} | "
+            f"{f'{row.seconds:.3f}' if row.seconds else '-'} | {row.plan.time.total:.3f} |"
         )
 
 

@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 
-from tests.parity.cases import DOCUMENTS, EPS, Case, Workbench
+from tests.parity.cases import DOCUMENTS, LARGE_EPS, Case, Workbench
 from tests.parity.hf_cases import HFCase
 from tests.parity.kinds import KINDS, axes_of
 from tests.selection import representatives
@@ -27,13 +27,13 @@ CASES = [
         dataclasses.replace(
             case,
             uneven_weights=True,
-            overrides=(*case.overrides, *EPS[case.precision], DOCUMENTS),
+            overrides=(*case.overrides, *LARGE_EPS, DOCUMENTS),
         )
         for case in LAYOUTS
     ),
     *(
         dataclasses.replace(
-            KINDS[kind], uneven_weights=True, overrides=(*KINDS[kind].overrides, *EPS["fp32"])
+            KINDS[kind], uneven_weights=True, overrides=(*KINDS[kind].overrides, *LARGE_EPS)
         )
         for kind in ("tp2", "pp2_dp2")
     ),

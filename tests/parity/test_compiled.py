@@ -10,7 +10,7 @@ from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.paths import ROOT
-from tests.parity.cases import Case, Workbench
+from tests.parity.cases import FAMILIES, Case, Workbench, hundred_steps
 from tests.parity.kinds import PP2, TP2
 from tests.selection import representatives
 
@@ -46,6 +46,15 @@ def test_layout_equals_one_device(case: Case, bench: Workbench) -> None:
     differences = bench.compare(case)
     assert not [d for d in differences if d.past]
     assert {d.quantity for d in differences} >= {"loss", "grad norm", "weights"}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zero3_equals_one_device_over_a_hundred_steps(
+    family: str, ranks: int, bench: Workbench
+) -> None:
+    assert not [d for d in bench.compare(hundred_steps(family, ranks)) if d.past]
 
 
 def test_deepspeeds_own_linear_layer_is_off_where_zero3_is_compiled() -> None:
