@@ -141,7 +141,8 @@ if [ ! -x .venv/bin/pip ] || ! .venv/bin/pip --version >/dev/null 2>&1; then
 fi
 
 echo "setup: installing the pinned dependencies into .venv, a minute or more ..."
-.venv/bin/pip install --quiet --disable-pip-version-check \
+# Python compiles what it imports; pip would compile every module, on one core.
+.venv/bin/pip install --quiet --disable-pip-version-check --no-compile \
     -r requirements.txt -r requirements-dev.txt
 echo "$wanted" >"$stamp"
 echo "setup: done"

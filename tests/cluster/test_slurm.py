@@ -160,6 +160,7 @@ def test_a_node_whose_ranks_hang_is_ended_when_a_rank_of_another_fails(cluster: 
     wait_for_nothing_left(cluster)
 
 
+@pytest.mark.matrix  # starts again as near its time limit; ends with a rank as on hosts without Slurm
 def test_a_job_whose_node_dies_goes_on_when_it_is_back_and_ends_with_a_rank(
     cluster: Cluster,
 ) -> None:
