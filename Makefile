@@ -17,7 +17,8 @@ LINT := ruff format --check .; ruff check .; mypy .
 # First on the PATH: the `deepspeed` launcher starts ranks with the python that it finds there, and
 # the compiler's ninja lies there too. A virtual environment that is active must not shine through.
 export PATH := $(ROOT)/.venv/bin:$(PATH)
-unexport PYTHONHOME VIRTUAL_ENV
+# Nor may each process compile all of the project's modules again, as PYTHONDONTWRITEBYTECODE has it.
+unexport PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## List the targets

@@ -141,8 +141,9 @@ if [ ! -x .venv/bin/pip ] || ! .venv/bin/pip --version >/dev/null 2>&1; then
 fi
 
 echo "setup: installing the pinned dependencies into .venv, a minute or more ..."
-# Python compiles what it imports; pip would compile every module, on one core.
+# pip would compile on one core. A file that some package has for another Python may fail.
 .venv/bin/pip install --quiet --disable-pip-version-check --no-compile \
     -r requirements.txt -r requirements-dev.txt
+.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 echo "$wanted" >"$stamp"
 echo "setup: done"
