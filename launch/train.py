@@ -6,15 +6,10 @@ Works the same under `deepspeed`, `torchrun` and `accelerate launch`, and withou
 device. `train` below shows the whole run, in order.
 """
 
-import gc
 import sys
 import time
 
 STARTED = time.perf_counter()
-# Importing torch and DeepSpeed makes some 400,000 objects that stay. To look through them for garbage
-# again and again took a sixth of the imports' time.
-COLLECT_AT = gc.get_threshold()
-gc.set_threshold(50_000)
 
 from pathlib import Path
 
@@ -25,6 +20,7 @@ from launch.errors import explain_missing_packages
 explain_missing_packages()
 
 import argparse
+import gc
 import math
 import os
 from typing import TYPE_CHECKING
@@ -57,6 +53,10 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
     clock = Stopwatch(STARTED)
     clock.lap("interpreter and recipe")
     prepare_environment()
+    # What is imported makes some 400,000 objects that stay. To look through them for garbage again and
+    # again took a sixth of the imports' time.
+    collect_at = gc.get_threshold()
+    gc.set_threshold(50_000)
 
     from launch.planner.fit_check import check_fits
     from launch.planner.model_size import model_size
@@ -105,7 +105,7 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
         checkpoint.load(engine, start.checkpoint, ranks)
     clock.lap("engine")
     gc.freeze()  # what is there now is never garbage
-    gc.set_threshold(*COLLECT_AT)
+    gc.set_threshold(*collect_at)
 
     parameters, flops = model_size(recipe)
     say(f"{layout.describe()}; {parameters:,} parameters")

@@ -57,7 +57,7 @@ class Step:
         inputs: bytes of the inputs that it keeps, received from the stage before, and their gradients.
         head: elements of the output projection; 0 if another stage has it.
         embedding: elements of the token embedding; 0 if another stage has it.
-        tied: whether that is also this rank's token embedding.
+        tied: whether the head and the embedding are one parameter of this rank.
     """
 
     shapes: Sequence[Shape]

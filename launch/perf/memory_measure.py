@@ -4,7 +4,6 @@ The ranks train on random tokens, so that nothing is read or tokenized. On a GPU
 torch's allocator has handed out; on a CPU, the bytes of all tensors (`tensor_bytes.py`).
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -72,11 +71,11 @@ def measure(recipe: Recipe, ranks: int, steps: int = STEPS) -> list[RankMemory]:
     from launch.config.layout import plan_layout
     from launch.config.resolve import resolve
     from launch.runtime.fork_server import run_ranks
+    from launch.runtime.process_group import threads_per_rank
 
     resolve(recipe, plan_layout(recipe, ranks))
     # CPU Adam takes as many threads as it gets; a launcher leaves a rank its share of the cores.
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    env = {"OMP_NUM_THREADS": str(threads)}
+    env = {"OMP_NUM_THREADS": str(threads_per_rank(ranks))}
     try:
         return run_ranks(measure_rank, ranks, recipe.model_dump(), steps, env=env, show=None)
     except UserError:
@@ -96,6 +95,7 @@ def measure_rank(values: dict[str, Any], steps: int) -> RankMemory:
     prepare_environment()
 
     import gc
+    import os
 
     import torch
 

@@ -16,8 +16,7 @@ from typing import Any
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import offload_device, zero_stage
-from launch.memory.activations import compiled as compiled_as
-from launch.memory.activations import precision
+from launch.memory.activations import compiled, precision
 from launch.memory.estimate import bounds_of
 from launch.memory.shapes import count, stage_shapes
 from launch.planner.cards import Card
@@ -110,10 +109,11 @@ def state_terms(
 def launch_seconds(recipe: Recipe, layout: Layout, ds_config: dict[str, Any], blocks: int) -> float:
     """What the host needs to launch a step's kernels."""
     assert isinstance(recipe.model, GPTModel)
-    c, compiled = recipe.model.shape, recipe.train.compile
-    each = LAUNCH["compiled" if compiled else "eager"]
-    each += LAUNCH["rotary"] * (0.5 * (c.position == "rope") + 0.5 * c.qk_norm) * (not compiled)
-    if compiled_as(recipe, ds_config) != "model":  # else the graph has what is computed again
+    c, graph = recipe.model.shape, compiled(recipe, ds_config)
+    each = LAUNCH["eager" if graph == "no" else "compiled"]
+    if graph == "no":
+        each += LAUNCH["rotary"] * (0.5 * (c.position == "rope") + 0.5 * c.qk_norm)
+    if graph != "model":  # else the graph has what is computed again
         each += LAUNCH["again"] * recipe.model.checkpoint_activations
     each += LAUNCH["zero3"] * (zero_stage(ds_config) == 3)
     return (each * blocks * layout.accumulation + LAUNCH["step"]) / 1000

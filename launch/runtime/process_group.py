@@ -54,8 +54,12 @@ def prepare_environment() -> None:
     # DeepSpeed's launcher sets LOCAL_SIZE, torchrun and Accelerate LOCAL_WORLD_SIZE. Otherwise,
     # each rank would start one thread per core of the host.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-    threads = max(1, len(os.sched_getaffinity(0)) // local)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(local)))
+
+
+def threads_per_rank(ranks: int) -> int:
+    """A rank's share of the cores that this process may use, with so many ranks on the host."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def init_process_group() -> RankInfo:

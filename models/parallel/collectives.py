@@ -35,8 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 Group = dist.ProcessGroup | None
 
@@ -80,9 +79,11 @@ def _reduce_scatter_eager(x: Tensor, dim: int, size: int, group_name: str) -> Te
     return mine
 
 
-_all_reduce_operator = custom_op("tensor_parallel::all_reduce", _all_reduce_eager, mutates_args=())
-_gather_operator = custom_op("tensor_parallel::gather", _gather_eager, mutates_args=())
-_reduce_scatter_operator = custom_op(
+_all_reduce_operator = library.custom_op(
+    "tensor_parallel::all_reduce", _all_reduce_eager, mutates_args=()
+)
+_gather_operator = library.custom_op("tensor_parallel::gather", _gather_eager, mutates_args=())
+_reduce_scatter_operator = library.custom_op(
     "tensor_parallel::reduce_scatter", _reduce_scatter_eager, mutates_args=()
 )
 

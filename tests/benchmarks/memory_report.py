@@ -43,6 +43,11 @@ class Row:
         """Of the predicted peak, relative."""
         return self.plan.stages[self.stage].parts.total / self.peak - 1
 
+    @property
+    def timed(self) -> bool:
+        """Whether its step time is compared: once a layout, by its first stage."""
+        return self.stage == 0 and self.seconds > 0
+
 
 def collect(files: list[Path]) -> None:
     """Keep of the grid's lines what the comparison needs."""
@@ -82,7 +87,7 @@ def pairs_in_order(found: list[Row], apart: float = 0.05) -> tuple[int, int]:
     """Of the pairs of layouts whose measured times differ, how many are predicted in order; and all."""
     groups = defaultdict(list)
     for row in found:
-        if row.stage == 0 and row.seconds:
+        if row.timed:
             groups[row.point.shape, row.point.sequence, row.point.ranks].append(row)
     right = total = 0
     for group in groups.values():
@@ -101,11 +106,7 @@ def main() -> None:
         collect([Path(name) for name in sys.argv[1:]])
     found = sorted(rows(), key=lambda row: -abs(row.error))
     errors = [abs(row.error) for row in found]
-    times = [
-        abs(row.plan.time.total / row.seconds - 1)
-        for row in found
-        if row.stage == 0 and row.seconds
-    ]
+    times = [abs(row.plan.time.total / row.seconds - 1) for row in found if row.timed]
     right, total = pairs_in_order(found)
     print(f"{len(found)} peaks: worst {max(errors):.2%}, median {statistics.median(errors):.3%}")
     print(f"{len(times)} step times: worst {max(times):.0%}, median {statistics.median(times):.1%}")

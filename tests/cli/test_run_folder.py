@@ -105,15 +105,8 @@ def test_the_weights_are_whole(folder: Path) -> None:
 
 def test_generate_prints_text_from_it(folder: Path) -> None:
     script = ROOT / "scripts/generate.py"
-    command: list[str | Path] = [
-        script,
-        folder,
-        "--tokens",
-        "30",
-        "--prompt",
-        "document 7",
-        "--seed",
-    ]
+    words = ["--tokens", "30", "--prompt", "document 7", "--seed"]
+    command: list[str | Path] = [script, folder, *words]
     first = run([sys.executable, *command, "1"])
     again, other = (run_forked([*command, seed]) for seed in ("1", "2"))
     assert first.code == again.code == other.code == 0, first.output

@@ -1,9 +1,5 @@
 """Compiled ZeRO-3 trains right over many steps: on GPUs it once lost gradients without a word."""
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,13 +7,6 @@ from tests.parity.cases import FAMILIES, Workbench, hundred_steps
 
 pytestmark = pytest.mark.gpu
 RANKS = (1, 2)[: max(1, torch.cuda.device_count())]
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
-    folder: Path = tmp_path_factory.mktemp("gpu")
-    yield Workbench(folder)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -5,10 +5,6 @@
 prints the rows of the table in models/README.md.
 """
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -31,13 +27,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pipeline 2, gpipe, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=gpipe")),
     "pipeline 2, naive, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=naive")),
 }
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
-    folder: Path = tmp_path_factory.mktemp("gpu")
-    yield Workbench(folder)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def cases() -> list[tuple[str, Case]]:
