@@ -1,7 +1,6 @@
 """Set up the process group in the same way under every launcher, and without one."""
 
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from launch.errors import UserError
+from launch.runtime.local_launcher import free_port, rank_environment
 from launch.runtime.rank_env import set_rank_env_from_launcher
 from launch.runtime.signals import end_with_launcher
 
@@ -42,13 +42,7 @@ def prepare_environment() -> None:
     """
     set_rank_env_from_launcher()
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {
-            "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+        os.environ |= rank_environment(0, 1, free_port())
     else:
         end_with_launcher()
     # DeepSpeed's launcher sets LOCAL_SIZE, torchrun and Accelerate LOCAL_WORLD_SIZE. Otherwise,

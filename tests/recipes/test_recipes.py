@@ -232,8 +232,9 @@ def test_it_trains_in_its_own_layout(
     losses = [record["loss"] for record in records]
     assert len(losses) == STEPS
     assert all(math.isfinite(record[key]) for record in records for key in ("loss", "grad_norm"))
-    # From log(320) = 5.8, the loss of guessing, to well below: the bytes' frequencies at least.
-    assert losses[0] == pytest.approx(math.log(320), abs=0.3)
+    # From log(320) = 5.8, the loss of guessing, to well below: the bytes' frequencies at least. A tied
+    # embedding guesses the token that it sees: right for blanks, of which some Pythons' text has more.
+    assert losses[0] == pytest.approx(math.log(320), abs=0.5)
     assert sum(losses[-3:]) / 3 < losses[0] - 1.0
     assert list((tmp_path / "run").glob("model*.safetensors"))
     assert not list((tmp_path / "nvme").glob("*/*")), "swap files are left behind"

@@ -1,5 +1,6 @@
 """Whatever a recipe says, it is planned, or refused in one line."""
 
+import copy
 import json
 from typing import Any
 
@@ -46,7 +47,7 @@ def plan(values: dict[str, Any], ranks: int) -> None:
 def check(seed: dict[str, Any], changes: list[tuple[tuple[str, ...], Any]], ranks: int) -> None:
     values = json.loads(json.dumps(seed))
     for path, value in changes:
-        set_at(values, path, value)
+        set_at(values, path, copy.deepcopy(value))  # or a dict is put into itself
     try:
         plan(values, ranks)
     except UserError as error:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from _pytest.mark import ParameterSet
 
+from launch.certify.compositions import EPS
 from launch.config.load import recipe_from_dict
 from launch.parity.compare import compare, key_biases, tolerances_of
 from launch.parity.places import Place, differences
 from launch.parity.run import TrainingRecord, plan_reference, run_layout, run_reference
-from tests.parity.faults.seeded import Fault, Seeded
+from tests.parity.faults.seeded import EPS_KEY, Fault, Seeded
 from tests.parity.kinds import axes_of
 from tests.parity.planting import first_seen
 from tests.ranks import run_ranks
@@ -78,7 +79,7 @@ class FaultBench:
         from launch.parity.layout_recorder import load_recording
 
         case = seeded.case
-        recipe = case.recipe(self.folder, seeded.changes)
+        recipe = case.recipe(self.folder, {EPS_KEY: EPS, **(seeded.changes or {})})
         values = recipe.model_dump()
         reference, recorder, ds_config = self._reference(values, case.uneven_weights)
         with TemporaryDirectory(dir=self.folder) as folder:

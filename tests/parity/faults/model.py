@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.cases import DOCUMENTS, Case
-from tests.parity.faults.seeded import FEW_ROWS, LOSS_1, NORM_1, WEIGHTS, Seeded
+from tests.parity.faults.seeded import EPS_KEY, FEW_ROWS, LOSS_1, NORM_1, WEIGHTS, Seeded
 from tests.parity.planting import plant
 
 IN, OUT = "its input", "its output"
@@ -257,7 +257,10 @@ FAULTS = [
     _forward(key_heads_tiled, LLAMA, ATTENTION_OUT, IN),
     _forward(queries_rotated_one_position_further, LLAMA, ATTENTION_OUT, IN),
     _forward(rotary_pairs_interleaved, LLAMA, ATTENTION_OUT, IN),
-    Seeded(rotary_table_in_bf16, LLAMA, WEIGHTS, "forward", ATTENTION_OUT, IN),
+    # Seen by nothing but what Adam makes of tiny gradients, with its usual eps.
+    Seeded(
+        rotary_table_in_bf16, LLAMA, WEIGHTS, "forward", ATTENTION_OUT, IN, changes={EPS_KEY: 1e-8}
+    ),
     _forward(
         norms_of_queries_and_keys_skipped,
         dataclasses.replace(LLAMA, overrides=(FEW_ROWS, "model.qk_norm=true")),
