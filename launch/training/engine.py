@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from launch.checkpoint.full_weights import is_hf
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
+from launch.deepspeed_patches.autocast import keep_tied_parameters_in_their_dtype
 from launch.deepspeed_patches.autotp import check_plan, expose_tp_plan
 from launch.deepspeed_patches.pipeline import sum_tied_gradients_where_they_are, use_schedule
 from launch.deepspeed_patches.stage0 import (
@@ -63,6 +64,7 @@ def build_engine(
 
     if optimizer_block(ds_config)[0].lower() != "muon":
         import_muon_uncompiled()
+    keep_tied_parameters_in_their_dtype()
     engine: DeepSpeedEngine = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),

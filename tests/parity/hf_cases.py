@@ -22,6 +22,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "llama", "tie_word_embeddings": False, "vocab_size": 321,
         "hidden_size": 48, "intermediate_size": 49, "num_attention_heads": 6, "num_key_value_heads": 3,
     },
+    # Of weights so large that rounding them is seen in the loss.
+    "wide": {"model_type": "qwen3", "tie_word_embeddings": True, "initializer_range": 0.1},
     "one_key": {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 1},
 }  # fmt: skip
 # AutoTP does not shard these, or not as transformers plans it.
