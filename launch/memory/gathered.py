@@ -50,15 +50,30 @@ class _Limits(NamedTuple):
     prefetch: int
 
 
+class _Module(NamedTuple):
+    """A module that DeepSpeed has hooks on, and the indices of its weights that are not small."""
+
+    fetched: list[int]
+    direct: list[int]  # those that are not a submodule's
+    below: list[int]  # with those of its submodules
+    block: bool = False
+
+
 @lru_cache(maxsize=256)
 def _gathered(config: GPTConfig, tensor: int, small: int, limits: _Limits) -> Gathered:
     sizes, layers = _weights(config, tensor, small)
-    # The containers of layers run first: they gather nothing, but prefetch.
-    forward: list[list[int]] = [[], [], *layers]
-    order = [*forward, [], *reversed(layers)]
+    token, position, *blocks, norm, output = layers
+    first = [_Module(each, each, each) for each in (token, position)]
+    last = [_Module(each, each, each) for each in (norm, output)]
+    chain_of_blocks = [_Module(each, [], each, block=True) for each in blocks]
+    # Containers gather nothing, but prefetch.
+    model = _Module([], [], list(range(len(sizes))))
+    embedding = _Module([], [], [*token, *position])
+    forward = [model, embedding, *first, *chain_of_blocks, *last]
+    order = [*forward, model, *reversed([*first, *chain_of_blocks, *last])]
     held = _replay(sizes, order, limits)
-    end, blocks = len(forward), held[len(forward) + 2 : -2]
-    return Gathered(held[end - 1], held[end], max([0, *blocks]), held[-1])
+    end, later = len(forward), held[len(forward) + 2 : -2]
+    return Gathered(held[end - 1], held[end], max([0, *later]), held[-1])
 
 
 def _weights(config: GPTConfig, tensor: int, small: int) -> tuple[list[int], list[list[int]]]:
@@ -75,15 +90,15 @@ def _weights(config: GPTConfig, tensor: int, small: int) -> tuple[list[int], lis
     return sizes, layers
 
 
-def _replay(sizes: list[int], order: list[list[int]], limits: _Limits) -> list[int]:
+def _replay(sizes: list[int], order: list[_Module], limits: _Limits) -> list[int]:
     """Elements held while each module of `order` runs."""
-    queue = deque((weight, step) for step, module in enumerate(order) for weight in module)
+    queue = deque((weight, step) for step, module in enumerate(order) for weight in module.fetched)
     last_fetch = dict.fromkeys(range(len(sizes)), -1)
     here: set[int] = set()
     held: list[int] = []
     for step, module in enumerate(order):
-        here |= set(module)
-        waiting = {weight for weight in module if last_fetch[weight] < step}
+        here |= set(module.fetched)
+        waiting = {weight for weight in module.fetched if last_fetch[weight] < step}
         while queue and waiting:
             weight, last_fetch[weight] = queue.popleft()
             waiting.discard(weight)
@@ -95,19 +110,23 @@ def _replay(sizes: list[int], order: list[list[int]], limits: _Limits) -> list[i
                 here.add(weight)
                 coming += sizes[weight]
         held.append(sum(sizes[weight] for weight in here))
-        here -= {w for w in module if last_fetch[w] <= step + 1} - _used_soon(
-            sizes, order[step + 1 :], limits.reuse
-        )
+        soon = _used_soon(sizes, order[step + 1 :], limits.reuse, module.block)
+        here -= {w for w in module.fetched if last_fetch[w] <= step + 1} - soon
     return held
 
 
-def _used_soon(sizes: list[int], order: list[list[int]], distance: int) -> set[int]:
-    """The weights of the next modules, until these have `distance` elements."""
+def _used_soon(sizes: list[int], order: list[_Module], distance: int, of_a_block: bool) -> set[int]:
+    """The weights of the next modules, until these have `distance` elements.
+
+    DeepSpeed looks into submodules if the module to be released is a block, which is gathered whole, and
+    not if the next one is: a block finds its weights already in the model's own backward pass.
+    """
     found: set[int] = set()
     passed = 0
     for module in order:
         if passed >= distance:
             break
-        found |= set(module)
-        passed += sum(sizes[weight] for weight in module)
+        weights = module.below if of_a_block else module.direct
+        found |= set(weights)
+        passed += sum(sizes[weight] for weight in weights)
     return found

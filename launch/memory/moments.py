@@ -52,9 +52,9 @@ class Step:
         product: bytes of an element in matrix products.
         bucket: DeepSpeed's `reduce_bucket_size`, in elements.
         data: data parallel ranks.
+        schedule: the pipeline's.
         alive: micro batches whose activations the stage holds at a time.
-        outputs: bytes of the outputs that a pipeline's engine keeps.
-        inputs: bytes of the inputs that it keeps, received from the stage before, and their gradients.
+        buffers: micro batches whose inputs and outputs a pipeline's engine keeps.
         head: elements of the output projection; 0 if another stage has it.
         embedding: elements of the token embedding; 0 if another stage has it.
         tied: whether the head and the embedding are one parameter of this rank.
@@ -70,9 +70,9 @@ class Step:
     product: int
     bucket: int
     data: int
+    schedule: str
     alive: int
-    outputs: float
-    inputs: float
+    buffers: int
     head: int
     embedding: int
     tied: bool
@@ -97,8 +97,6 @@ class Step:
         partitioned = zero_stage(ds_config) == 3 and (grid["data"] > 1 or "weights" in held.host)
         schedule = recipe.parallel.schedule
         alive = micro_batches_alive(schedule, grid["pipeline"], stage, layout.accumulation)
-        # DeepSpeed's own schedule has two buffers at least.
-        buffers = alive if schedule == "naive" else max(2, alive)
         has_head, vocab = last == config.layers + 4, -(-config.vocab // grid["tensor"])
         return cls(
             shapes=shapes,
@@ -113,9 +111,10 @@ class Step:
             product=precision(ds_config).product,
             bucket=int(zero_block(ds_config).get("reduce_bucket_size", 500_000_000)),
             data=grid["data"],
+            schedule=schedule,
             alive=alive,
-            outputs=kept.sent * buffers,
-            inputs=2 * kept.received * buffers,
+            # DeepSpeed's own schedule has two buffers at least.
+            buffers=max(2, alive) if schedule == "1f1b" else alive,
             head=vocab * config.hidden if has_head else 0,
             embedding=vocab * config.hidden if first == 0 else 0,
             tied=config.tied and first == 0 and has_head,
@@ -123,27 +122,46 @@ class Step:
 
     def moments(self) -> dict[str, Parts]:
         """The parts at each moment of a step at which memory can peak."""
-        kept, before = self.kept, self.state.carried
-        micro = self.alive * kept.kept + kept.casts + self.inputs
-        logits = self.alive * kept.logits
+        if self.schedule != "gpipe":
+            return self._moments(self.alive, self.state.carried, self.buffers)
+        # All forward passes come first. No gradient is there when most activations are.
+        first = self._moments(self.alive, self.state.always, 1)
+        second = self._moments(self.alive - 1, self.state.carried, 2)
+        return {
+            name: max(first[name], second[name], key=lambda parts: parts.total) for name in first
+        }
+
+    def _moments(self, alive: int, before: float, returned: int) -> dict[str, Parts]:
+        """The moments with `alive` micro batches' activations, and `before` bytes of gradients.
+
+        `returned` of the inputs that came from the stage before have a gradient.
+        """
+        kept = self.kept
+        micro = alive * kept.kept + kept.casts + kept.received * (self.buffers + returned)
+        logits = alive * kept.logits
+        outputs = kept.sent * self.buffers
+        # DeepSpeed's own schedule keeps the logits until others take their place, ours until their backward
+        # pass (`deepspeed_patches.pipeline.use_schedule`).
+        done = kept.sent if self.head and self.schedule != "1f1b" else 0
         if self.head:
-            logits += self.outputs
+            logits += outputs
         else:
-            micro += self.outputs
+            micro += outputs
+        waiting = self.state.waiting
         own = self.product * self.head  # the output projection's gradient
         found = {
             "the end of the forward pass": self._parts(
                 before,
                 micro + kept.casts_forward,
                 logits + kept.loss_forward,
-                0,
+                waiting,
                 self.gathered.forward,
             ),
             "the loss's backward pass": self._parts(
                 before + (own if self.whole_graph else 0),
                 micro,
-                logits + kept.loss_backward,
-                0,
+                logits - done + kept.loss_backward,
+                waiting,
                 self.gathered.loss,
             ),
             "the reduction of gradients": self._parts(
@@ -151,6 +169,13 @@ class Step:
             ),
             "the update": self._parts(self.state.gradients, 0, 0, self._update(), 0),
         }
+        if self.kind == "bf16":
+            # A pipeline's other micro batches are there while a gradient is widened to be added.
+            others = micro - kept.kept
+            widened = 4.0 * max(shape.numel for shape in self.shapes)
+            found["the addition of gradients"] = self._parts(
+                self.state.gradients, others, logits - kept.logits - done, widened, 0
+            )
         if self.whole_graph:
             # The embedding's gradient is added up in fp32; the compiler keeps what was the logits'.
             found["the embedding's backward pass"] = self._parts(
@@ -170,7 +195,7 @@ class Step:
             found["a block's backward pass"] = self._parts(
                 before + (own if waits else 0),
                 micro + kept.block_backward,
-                logits - kept.logits,
+                logits - done - kept.logits,
                 self.state.backward + self._head_reduction(),
                 self.gathered.blocks,
             )

@@ -42,6 +42,7 @@ class State:
         carried: the part that a micro batch leaves for the next.
         buckets: communication buffers that exist all the time.
         backward: communication buffers that exist during the backward pass only.
+        waiting: the part of `backward` that a micro batch leaves for the next.
         update: temporary copies during the update.
     """
 
@@ -52,6 +53,7 @@ class State:
     carried: int = 0
     buckets: int = 0
     backward: int = 0
+    waiting: int = 0
     update: int = 0
     host: dict[str, int] = field(default_factory=dict)
 
@@ -91,7 +93,7 @@ def state(
     else:
         found = _zero3(shapes, ds_config, data)
     if accumulation == 1:
-        found.carried = found.always
+        found.carried, found.waiting = found.always, 0
     return found
 
 
@@ -158,6 +160,7 @@ def _zero12(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> St
     if not second:
         found.gradients += (_FP32 if wide else size) * count(shapes)
         found.carried = found.gradients - accumulator
+        found.waiting = found.backward  # no micro batch but the last is reduced, and empties them
     if offload_device(ds_config, "offload_optimizer") != "none":
         found.host = {
             "optimizer": found.optimizer, "gradients": _FP32 * part, "buckets": size * (part + largest)

@@ -3,7 +3,8 @@
 Each term is the time that some work would take at the data sheet's rate: FLOPs over the peak, or bytes
 over a bandwidth. `COST` has what the work takes in practice, as a multiple of that. The multiples were
 fitted (least squares of the relative error, none below its bound) to 141 step times on H200s, torch
-2.11; recipes/MEMORY.md has the errors. They order layouts; they do not replace a measurement.
+2.11, those of offload and of sequence parallelism to 24 more; recipes/MEMORY.md has the errors. They
+order layouts; they do not replace a measurement.
 
 A GPU waits for the host if a step has too little work: kernels are launched one by one, `LAUNCH`
 milliseconds for a block's forward and backward pass. The slower of the two counts.
@@ -19,6 +20,7 @@ from launch.ds_json.view import offload_device, zero_stage
 from launch.memory.activations import compiled, precision
 from launch.memory.estimate import bounds_of
 from launch.memory.shapes import count, stage_shapes
+from launch.memory.state import wrapper
 from launch.planner.cards import Card
 from models.config import GPTConfig, flops_per_token
 from models.pipeline_stages import ideal_bubble
@@ -26,13 +28,17 @@ from models.pipeline_stages import ideal_bubble
 # Multiples of the data sheet's time. Matrix products run at four fifths of the peak at best.
 COST = {
     "matmul": 1.25, "attention": 1.5, "eager": 26.5, "compiled": 35.2, "rotary": 53.0, "logits": 8.0,
-    "autocast": 47.0, "state": 4.0, "zero2": 3.4, "zero3": 6.2, "data": 2.0, "tensor": 4.5,
+    "autocast": 47.0, "state": 4.0, "zero12": 3.4, "zero3": 6.2, "data": 2.0, "tensor": 4.5,
+    "host": 2.4,
 }  # fmt: skip
 # Milliseconds on the host for a block and micro batch, and for a step.
-LAUNCH = {"eager": 0.6, "compiled": 0.9, "rotary": 1.9, "again": 2.3, "zero3": 3.4, "step": 50.6}
-# Not measured here. CPU Adam reads and writes 28 bytes a parameter in fp32 at the host's memory bandwidth,
-# which the ranks of a host share: 200 GB/s for two sockets of a current server.
-HOST_MEMORY_GBS = 200.0
+LAUNCH = {
+    "eager": 0.6, "compiled": 0.9, "rotary": 1.9, "again": 2.3, "zero3": 3.4, "sequence": 4.1,
+    "step": 50.6,
+}  # fmt: skip
+# CPU Adam reads and writes 28 bytes a parameter in fp32, at a rate that the ranks of a host share. This one
+# was fitted on 16 cores beside one H200; all cores of a server reach more.
+HOST_MEMORY_GBS = 94.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def state_terms(
     offloaded = offload_device(ds_config, "offload_optimizer") != "none"
     return {
         "state": accumulate + (0.0 if offloaded else update),
-        "zero2": accumulate if stage == 2 else 0.0,
+        "zero12": accumulate if wrapper(ds_config) == "zero12" else 0.0,
         "zero3": accumulate if stage == 3 else 0.0,
     }
 
@@ -116,6 +122,7 @@ def launch_seconds(recipe: Recipe, layout: Layout, ds_config: dict[str, Any], bl
     if graph != "model":  # else the graph has what is computed again
         each += LAUNCH["again"] * recipe.model.checkpoint_activations
     each += LAUNCH["zero3"] * (zero_stage(ds_config) == 3)
+    each += LAUNCH["sequence"] * recipe.parallel.sequence
     return (each * blocks * layout.accumulation + LAUNCH["step"]) / 1000
 
 
@@ -213,4 +220,4 @@ def _offload(
         update = 28.0 * part * on_host / (HOST_MEMORY_GBS * 1e9)
     if offload_device(ds_config, "offload_param") != "none":
         moved += 2.0 * 2.0 * part / bus
-    return moved, update
+    return COST["host"] * moved, update

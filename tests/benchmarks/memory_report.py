@@ -58,8 +58,6 @@ def collect(files: list[Path]) -> None:
         for line in lines:
             found = line.get("measured", [])
             seconds = max((statistics.median(rank["seconds"][2:]) for rank in found), default=0.0)
-            if "offload" in line["layout"]:  # was measured with one thread for CPU Adam
-                seconds = 0.0
             for stage in sorted({rank["stage"] for rank in found}):
                 peak = max(rank["peak"] for rank in found if rank["stage"] == stage)
                 point = [line[key] for key in ("shape", "sequence", "layout", "ranks")]

@@ -21,7 +21,9 @@ def test_every_peak_is_predicted_within_two_percent(measured: list[Row]) -> None
 def test_the_measurements_have_every_kind_of_layout(measured: list[Row]) -> None:
     names = {row.point.layout for row in measured}
     assert {f"zero{stage}{more}" for stage in range(4) for more in ("", ", checkpoint")} <= names
-    assert {"zero1, compile", "zero3, compile", "tensor 2", "pipeline 2"} <= names
+    assert {"zero1, compile", "zero3, compile", "zero1, fp16", "zero3, offload"} <= names
+    assert {"tensor 2", "tensor 2, sequence", "tensor 2, zero3"} <= names
+    assert {"pipeline 2", "pipeline 2, compile", "pipeline 2, gpipe"} <= names
     shapes = {row.point.shape for row in measured}
     assert len(shapes) >= 4 and shapes - set(FITTED)
     assert {row.point.sequence for row in measured} == {1024, 2048}
