@@ -27,7 +27,7 @@ from launch.runtime.process_group import RankInfo
 from launch.training.build_model import build_model, build_partitioned, build_pipeline
 from launch.training.compile import compile_engine, gather_whole_blocks
 from launch.training.lr_schedule import learning_rate_factor
-from launch.training.optimizer import parameter_groups
+from launch.training.optimizer import keep_compiler_unloaded, parameter_groups
 from models.parallel.topology import Topology
 from models.pipeline import GPTPipeline
 
@@ -64,6 +64,8 @@ def build_engine(
 
     if optimizer_block(ds_config)[0].lower() != "muon":
         import_muon_uncompiled()
+    if not train.compile:
+        keep_compiler_unloaded()
     keep_tied_parameters_in_their_dtype()
     engine: DeepSpeedEngine = deepspeed.initialize(
         model=model,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -27,12 +28,12 @@ SMALL = [
 ]  # fmt: skip
 
 
-def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a command with this environment's programs first on the PATH; output as text."""
+def command(*words: str, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with this environment's programs first on the PATH, and `more` variables."""
     env = {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
     env |= {"PATH": f"{BIN}{os.pathsep}{env.get('PATH', '')}", "OMP_NUM_THREADS": "1"}
     # A terminal's width must not decide what the tables hold.
-    env |= {"COLUMNS": "200", "NO_COLOR": "1"}
+    env |= {"COLUMNS": "200", "NO_COLOR": "1", **more}
     return subprocess.run(
         words, cwd=cwd, env=env, capture_output=True, text=True, timeout=1000, check=False
     )
@@ -66,7 +67,15 @@ LAUNCHERS: dict[str, Callable[[], list[str]]] = {
 }
 
 
-Run = Callable[[str], tuple[str, Path]]
+class Launched(NamedTuple):
+    """What a launcher's command printed, its run folder, and Python's list of what was imported."""
+
+    said: str
+    folder: Path
+    imported: str
+
+
+Run = Callable[[str], Launched]
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +84,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
     @functools.cache
-    def under(launcher: str) -> tuple[str, Path]:
+    def under(launcher: str) -> Launched:
         settings = [part for change in SMALL for part in ("--set", change)]
         done = command(
             *LAUNCHERS[launcher](), ENTRY, "--config", str(ROOT / RECIPE), *settings, "--set",
-            f"run.dir={launcher}", cwd=elsewhere,
+            f"run.dir={launcher}", cwd=elsewhere, PYTHONPROFILEIMPORTTIME="1",
         )  # fmt: skip
         assert done.returncode == 0, f"{launcher}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout, elsewhere / launcher
+        return Launched(done.stdout, elsewhere / launcher, done.stderr)
 
     return under
 
@@ -93,7 +102,7 @@ def numbers(folder: Path, key: str) -> list[float]:
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=MATRIX)])
 def test_launchers_give_the_same_run(run: Run, launcher: str) -> None:
-    expected, found = run("deepspeed")[1], run(launcher)[1]
+    expected, found = run("deepspeed").folder, run(launcher).folder
     assert len(numbers(expected, "loss")) == STEPS
     for key in ("loss", "grad_norm", "learning_rate"):
         assert numbers(found, key) == numbers(expected, key)
@@ -101,9 +110,16 @@ def test_launchers_give_the_same_run(run: Run, launcher: str) -> None:
     assert len({file.read_bytes() for file in weights}) == 1
 
 
+def test_a_run_that_compiles_nothing_does_not_load_torchs_compiler(run: Run) -> None:
+    """That takes each rank 2 s."""
+    imported = re.findall(r"^import time:.*\| +([\w.]+)$", run("deepspeed").imported, re.M)
+    assert "deepspeed.runtime.engine" in imported
+    assert "torch._dynamo" not in imported
+
+
 @pytest.mark.matrix  # as parity
 def test_one_device_gives_the_same_losses(run: Run) -> None:
-    expected, found = run("deepspeed")[1], run("python")[1]
+    expected, found = run("deepspeed").folder, run("python").folder
     for key in ("loss", "grad_norm"):
         assert numbers(found, key) == pytest.approx(numbers(expected, key), rel=1e-5)
 
@@ -113,7 +129,7 @@ def test_one_device_gives_the_same_losses(run: Run) -> None:
     [pytest.param(each, marks=() if each == "deepspeed" else MATRIX) for each in LAUNCHERS],
 )
 def test_a_run_says_where_it_went(run: Run, launcher: str) -> None:
-    said, folder = run(launcher)
+    said, folder, _ = run(launcher)
     ranks, accumulation = (1, 4) if launcher == "python" else (2, 2)
     assert (
         f"{ranks} ranks = pipeline 1 x data {ranks} x tensor 1; global batch 8 = data {ranks} "
