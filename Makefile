@@ -38,16 +38,18 @@ train: setup ## Train RECIPE on RANKS GPUs (CPU processes where there is no GPU)
 setup-test:
 	@bash scripts/setup.sh test
 
-# DeepSpeed's C++ ops are built beside lint and the tests that do without; a test that needs them waits.
+# DeepSpeed's C++ ops are built beside the rest of the set-up, lint and the tests that do without; a test
+# that needs them waits.
 # The build is a process group of its own (set -m), to be ended with its compilers where a check fails.
 .PHONY: test test-all
 test: MARKS = not gpu and not matrix
 test: ## Check format, lint and types, and run the tests: a representative of each kind (PYTEST_ARGS)
 test-all: MARKS = not gpu
 test-all: ## The same with the whole matrix of cases
-test test-all: setup-test
+test test-all: setup
 	@log=$$(mktemp); set -m; python scripts/build_ops.py >"$$log" 2>&1 & ops=$$!; set +m; \
 	trap 'kill -- -$$ops 2>/dev/null || true; rm -f "$$log"' EXIT; \
+	bash scripts/setup.sh test; \
 	$(LINT); \
 	code=0; \
 	python -m pytest -m "$(MARKS)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || code=$$?; \
@@ -55,7 +57,7 @@ test test-all: setup-test
 	exit $$code
 
 .PHONY: test-gpu
-test-gpu: setup ## Run the tests that need GPUs
+test-gpu: setup-test ## Run the tests that need GPUs
 	@DS_ACCELERATOR=cuda python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
 .PHONY: ops
@@ -67,7 +69,7 @@ lint: setup-test ## Check format, lint and types
 	@$(LINT)
 
 .PHONY: format
-format: setup ## Put the code into its format
+format: setup-test ## Put the code into its format
 	@ruff format .
 	@ruff check --fix .
 

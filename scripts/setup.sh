@@ -130,8 +130,10 @@ if [ "$purpose" = test ]; then
 fi
 
 # The stamp is written last: a set-up that was cut off is done again, and pip keeps what it has.
-stamp=.venv/setup-done
-wanted="$({ cat requirements.txt requirements-dev.txt; "$python" --version; } | sha256sum | cut -d' ' -f1)"
+files=(requirements.txt)
+[ "$purpose" = train ] || files+=(requirements-dev.txt)
+stamp=".venv/setup-$purpose"
+wanted="$({ cat "${files[@]}"; "$python" --version; } | sha256sum | cut -d' ' -f1)"
 if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
@@ -140,10 +142,12 @@ if [ ! -x .venv/bin/pip ] || ! .venv/bin/pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear .venv
 fi
 
-echo "setup: installing the pinned dependencies into .venv, a minute or more ..."
-# pip would compile on one core. A file that some package has for another Python may fail.
-.venv/bin/pip install --quiet --disable-pip-version-check --no-compile \
-    -r requirements.txt -r requirements-dev.txt
-.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true
+echo "setup: installing the pinned dependencies to $purpose into .venv, a minute or more ..."
+# pip would compile on one core. A file that some package has for another Python may fail, and Python
+# compiles what is left out here when it is first imported.
+.venv/bin/pip install --quiet --disable-pip-version-check --no-compile "${files[@]/#/--requirement=}"
+.venv/bin/python -m compileall -q -j 0 .venv/lib \
+    -x '/(tests|transformers/models|pip|networkx|fontTools|setuptools|torch/testing|pygments/lexers)/' \
+    >/dev/null || true
 echo "$wanted" >"$stamp"
 echo "setup: done"

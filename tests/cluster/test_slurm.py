@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tests.cluster.jobs import (
     AWKWARD,
     LAYOUTS,
     MANY,
+    Submitted,
     care,
     hang,
     losses,
@@ -32,25 +35,33 @@ from tests.cluster.jobs import (
     write_yaml,
 )
 from tests.cluster.virtual import Cluster
-from tests.selection import representatives
 
 
-@pytest.mark.parametrize("layout", representatives(LAYOUTS, lambda layout: {"pp2_tp2"} & {layout}))
-def test_two_nodes_train_what_one_host_trains(
-    cluster: Cluster, layout: str, tmp_path: Path
-) -> None:
-    values = recipe_values(cluster, steps=6, **LAYOUTS[layout])
-    file = write_yaml(cluster.folder / f"slurm_{layout}.yaml", values)
-    place = site(cluster, layout, slurm={"partition": "gpu"}, environment={"NOTE": AWKWARD})
-    # GPUs 0 and 1 of each node belong to somebody else.
-    neighbour = cluster.run(
+def write_inline(text: str) -> str:
+    """Text as a YAML scalar of one line."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+@contextmanager
+def neighbour(cluster: Cluster) -> Iterator[None]:
+    """GPUs 0 and 1 of each node belong to somebody else for a while."""
+    job = cluster.run(
         ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", "--output=/dev/null",
-         "--wrap", "srun sleep 600"]
+         "--wrap", "srun sleep 1200"]
     )  # fmt: skip
-    assert neighbour.code == 0, neighbour.output
-    prompt = {"run.sample_prompt": AWKWARD.replace("${", "\\${")}
-    words = [f"{key}={write_inline(value)}" for key, value in prompt.items()]
-    job = submit(cluster, "slurm", file, place, "--set", *words)
+    assert job.code == 0, job.output
+    try:
+        yield
+    finally:
+        assert cluster.run(["scancel", job.output.strip()]).code == 0
+
+
+# Submitted as settings of the recipe, which have to arrive as they are.
+PROMPT = "run.sample_prompt=" + write_inline(AWKWARD.replace("${", "\\${"))
+
+
+def check_start(cluster: Cluster) -> None:
+    """Wait for two ranks on each node; they have the site's environment and GPUs 2 and 3."""
 
     def started() -> bool:
         return all(len(training(cluster, host)) == 2 for host in cluster.hosts)
@@ -62,23 +73,35 @@ def test_two_nodes_train_what_one_host_trains(
         for process in ranks.values():
             assert process.environ()["NOTE"] == AWKWARD
             assert process.environ()["CUDA_VISIBLE_DEVICES"] == "2,3"
-    followed = care(cluster, "status", "--follow", str(job.run))
-    assert cluster.run(["scancel", neighbour.output.strip()]).code == 0
-    assert followed.code == 0, followed.output
-    assert "step 6/6" in followed.output
 
-    whole = train_on_one_host(values, tmp_path / "whole")
-    assert losses(job.run) == pytest.approx(losses(whole), rel=1e-6)
-    assert job.ranks_with_logs == [0, 1, 2, 3]
+
+def check_end(cluster: Cluster, job: Submitted) -> None:
+    """Each rank has written a log, each node its own, and the prompt has arrived."""
+    assert set(job.ranks_with_logs) == {0, 1, 2, 3}
     assert yaml.safe_load((job.run / "recipe.yaml").read_text())["run"]["sample_prompt"] == AWKWARD
     for host in cluster.hosts:
         assert f"{host}" in (job.run / f"job/slurm-{job.id}.log").read_text()
     wait_for_nothing_left(cluster)
 
 
-def write_inline(text: str) -> str:
-    """Text as a YAML scalar of one line."""
-    return "'" + text.replace("'", "''") + "'"
+@pytest.mark.matrix  # near a time limit; over two hosts: test_hosts.py
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_nodes_train_what_one_host_trains(
+    cluster: Cluster, layout: str, tmp_path: Path
+) -> None:
+    values = recipe_values(cluster, steps=6, **LAYOUTS[layout])
+    file = write_yaml(cluster.folder / f"slurm_{layout}.yaml", values)
+    place = site(cluster, layout, slurm={"partition": "gpu"}, environment={"NOTE": AWKWARD})
+    with neighbour(cluster):
+        job = submit(cluster, "slurm", file, place, "--set", PROMPT)
+        check_start(cluster)
+        followed = care(cluster, "status", "--follow", str(job.run))
+    assert followed.code == 0, followed.output
+    assert "step 6/6" in followed.output
+
+    whole = train_on_one_host(values, tmp_path / "whole")
+    assert losses(job.run) == pytest.approx(losses(whole), rel=1e-6)
+    check_end(cluster, job)
 
 
 def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
@@ -88,16 +111,19 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     file = write_yaml(cluster.folder / "slurm_limit.yaml", values)
     # The signal comes a minute after the start, or up to 30 s earlier; a slow machine then has 19
     # minutes to save.
-    slurm = {"time": "20", "save_seconds": 19 * 60}
-    place = site(cluster, "limit", slurm=slurm, runs=str(cluster.folder / "runs with 50% blanks"))
+    slurm = {"time": "20", "save_seconds": 19 * 60, "partition": "gpu"}
+    blanks = str(cluster.folder / "runs with 50% blanks")
+    place = site(cluster, "limit", slurm=slurm, runs=blanks, environment={"NOTE": AWKWARD})
     # On a slow link, where a step takes about a second, no machine has done all by then.
-    with cluster.limit("2mbit"):
-        job = submit(cluster, "slurm", file, place)
-        wait_until(lambda: (job.run / "checkpoints").is_dir(), 150, "the run saves")
-    # Once is enough: on a slow machine, each further start would get no further than a step.
-    longer = cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=600"])
-    assert longer.code == 0, longer.output
-    followed = care(cluster, "status", "--follow", str(job.run))
+    with neighbour(cluster):
+        with cluster.limit("2mbit"):
+            job = submit(cluster, "slurm", file, place, "--set", PROMPT)
+            check_start(cluster)
+            wait_until(lambda: (job.run / "checkpoints").is_dir(), 150, "the run saves")
+        # Once is enough: on a slow machine, each further start would get no further than a step.
+        longer = cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=600"])
+        assert longer.code == 0, longer.output
+        followed = care(cluster, "status", "--follow", str(job.run))
     log = (job.run / f"job/slurm-{job.id}.log").read_text()
     assert followed.code == 0, followed.output + log
     assert "saved before the time limit" in log
@@ -108,6 +134,7 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     whole = train_on_one_host(values, tmp_path / "whole")
     name = "model.safetensors"
     assert (job.run / name).read_bytes() == (whole / name).read_bytes()
+    check_end(cluster, job)
 
 
 @pytest.mark.matrix  # what srun tells each rank: tests/unit/test_rank_env.py
