@@ -10,7 +10,6 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from launch.cluster.backend import MODULES, backend_of
 from launch.cluster.backends.containers import NAME_LENGTH, name_of
@@ -62,6 +61,8 @@ def check_kubernetes(document: dict[str, Any]) -> None:
 
 
 def check_trainjob(document: dict[str, Any]) -> None:
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob  # a second, in each worker
+
     # The models ignore what they do not know; it is missing when they are asked back.
     found = TrainerV1alpha1TrainJob.from_dict(document)
     assert found is not None
