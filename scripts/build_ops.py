@@ -12,8 +12,8 @@ explain_missing_packages()
 import argparse
 import time
 
+from launch.ops.builder import OPS, build_ops, use_private_cache
 from launch.runtime.failures import one_line_errors
-from launch.runtime.op_builder import OPS, build_ops, use_private_cache
 
 CPU_OPS = ["cpu_adam", "async_io"]  # optimizer offload and NVMe offload
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.runtime.op_builder import build_ops, use_private_cache
+from launch.ops.builder import build_ops, use_private_cache
 
 CPU_OPS = ("cpu_adam", "async_io")
 MARK = "TEST_SESSION"  # inherited by whatever a test starts, however far from us it ends up

@@ -14,9 +14,9 @@ from launch.certify.compositions import CLIPS, recipe_values
 from launch.config.load import recipe_from_dict
 from launch.config.schema import Recipe
 from launch.errors import UserError
+from launch.ops.builder import build_ops
 from launch.parity.run import TrainingRecord, plan_reference, run_layout
 from launch.runtime.fork_server import run_ranks
-from launch.runtime.op_builder import build_ops
 from launch.training.setup import RunPlan
 
 if TYPE_CHECKING:

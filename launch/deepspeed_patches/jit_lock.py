@@ -1,6 +1,6 @@
 """Compiled ops: locks that killed builds leave behind.
 
-`launch/runtime/op_builder.py` builds ops under a lock of its own, and uses these for what it finds.
+`launch/ops/builder.py` builds ops under a lock of its own, and uses these for what it finds.
 """
 
 import contextlib

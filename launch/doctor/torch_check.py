@@ -22,7 +22,7 @@ def check_framework(host: str) -> list[CheckResult]:
 
 def check_cache(host: str) -> list[CheckResult]:
     """Check the cache of compiled ops, including leftovers of killed builds."""
-    from launch.runtime.op_builder import built_ops, stale_locks, use_private_cache
+    from launch.ops.builder import built_ops, stale_locks, use_private_cache
 
     built = ", ".join(built_ops()) or "empty"
     lines = [CheckResult("ok", host, f"JIT cache {use_private_cache()}: {built}")]

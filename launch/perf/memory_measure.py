@@ -101,8 +101,8 @@ def measure_rank(values: dict[str, Any], steps: int) -> RankMemory:
 
     from launch.config.layout import plan_layout
     from launch.config.resolve import resolve
+    from launch.ops.builder import use_private_cache
     from launch.perf.tensor_bytes import counter
-    from launch.runtime.op_builder import use_private_cache
     from launch.training.setup import join_grid
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -1,4 +1,4 @@
-"""Processes and the machine: ranks, signals, errors, run folders, ssh, hardware, C++ ops.
+"""Processes and the machine: ranks, signals, errors, run folders, ssh, hardware.
 
 May import `config`, `deepspeed_patches` and the layers below them.
 """

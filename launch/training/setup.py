@@ -24,7 +24,7 @@ from launch.data.batches import Batches, Weights, load_batches, validation_set
 from launch.data.prepare import Corpus
 from launch.data.tokenizer import Tokenizer, load_tokenizer
 from launch.errors import UserError
-from launch.runtime.op_builder import build_ops, ops_needed, use_private_cache
+from launch.ops.builder import build_ops, ops_needed, use_private_cache
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from launch.ops.builder import use_private_cache
 from launch.paths import ROOT
-from launch.runtime.op_builder import use_private_cache
 from tests.cluster.jobs import unknown_key
 from tests.cluster.virtual import Cluster
 

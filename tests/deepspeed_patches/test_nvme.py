@@ -14,7 +14,7 @@ def nvme_engine(swap: Path) -> Any:
     """A model of one matrix of 4 MB, whose optimizer is swapped; ZeRO-3 in fp32."""
     import torch
 
-    from launch.runtime.op_builder import build_ops
+    from launch.ops.builder import build_ops
 
     build_ops(("cpu_adam", "async_io"), print)  # loaded, so that DeepSpeed compiles nothing here
     offload = {"device": "nvme", "nvme_path": str(swap)}

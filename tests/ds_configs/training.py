@@ -12,7 +12,7 @@ def _start(config: dict[str, Any]) -> None:
     import deepspeed
 
     from launch.deepspeed_patches.startup import skip_shared_memory_op
-    from launch.runtime.op_builder import build_ops
+    from launch.ops.builder import build_ops
 
     deepspeed.utils.logger.setLevel("ERROR")
     skip_shared_memory_op()

@@ -51,6 +51,7 @@ FLOORS = (
     ("deepspeed_patches",),
     ("config",),
     ("runtime",),
+    ("ops",),
     ("data", "checkpoint", "versions", "memory"),
     ("training",),
     ("planner", "parity"),

@@ -16,8 +16,8 @@ from launch.data import prepare as module
 from launch.data.prepare import Corpus, prepare, tokens_needed
 from launch.data.token_file import TokenFile
 from launch.errors import UserError
+from launch.ops import builder as op_builder
 from launch.paths import ROOT
-from launch.runtime import op_builder
 from launch.runtime.run_dir import RunDir, lock_run_dir
 from tests.unit.test_tokenizer import train_tokenizer
 

@@ -101,4 +101,7 @@ def test_every_launcher_and_every_way_to_end_is_tried_on_clusters() -> None:
         if [mark.args[:1] for mark in vars(test).get("pytestmark", ())] == [("kind",)]
     ]  # fmt: skip
     assert [kind for test in tests for kind in firsts(test)] == ["ssh"]
-    assert len(firsts(test_slurm.test_two_nodes_train_what_one_host_trains)) == 1
+    (two_hosts,) = vars(test_hosts.test_two_hosts_train_what_one_trains)["pytestmark"]
+    assert two_hosts.args[1][0] == ("ssh", "pp2_tp2")  # not a param that is marked
+    near_the_limit = test_slurm.test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end
+    assert "pytestmark" not in vars(near_the_limit)

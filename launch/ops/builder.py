@@ -22,9 +22,9 @@ from filelock import FileLock
 from launch.deepspeed_patches.jit_lock import is_held, load_built_op, wait_for_lock_owner
 from launch.ds_json.view import offload_device, optimizer_block, zero_stage
 from launch.errors import UserError
+from launch.ops.sources import compile_faster
 from launch.paths import ROOT
 from launch.runtime.locks import acquire
-from launch.runtime.op_sources import compile_faster
 
 
 class _Op(NamedTuple):

@@ -1,7 +1,6 @@
 """Ops are built once, also when builds were cut off or start at the same time."""
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from filelock import FileLock
 from launch.deepspeed_patches.jit_lock import is_held, wait_for_lock_owner
 from launch.deepspeed_patches.startup import skip_shared_memory_op
 from launch.errors import UserError
+from launch.ops import builder as op_builder
 from launch.paths import ROOT
-from launch.runtime import op_builder
 from tests.ranks import run_ranks
 
 # A stand-in for one of DeepSpeed's ops that compiles in seconds: a builder of DeepSpeed's own kind,
@@ -127,7 +126,7 @@ def test_a_start_after_a_kill_in_mid_build_recovers(
     code = textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.unit.test_op_builder import build_tiny
+        from tests.unit.test_ops import build_tiny
         build_tiny({str(cache)!r}, {source!r})
     """)
     build = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "CXX": str(compiler)})
@@ -233,49 +232,6 @@ def test_no_shared_memory_op_is_built(cache: Path) -> None:
     env = {"TORCH_EXTENSIONS_DIR": str(cache)}
     assert run_ranks(start_gloo, 2, env=env) == [True, True]
     assert not cache.exists()
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
-def test_ops_needed_by_each_config(path: Path) -> None:
-    config = json.loads(path.read_text())
-    torch_adam = config["optimizer"]["params"].get("torch_adam", False)
-    expected: list[str] = []
-    if not torch_adam:
-        expected.append("cpu_adam" if "offload" in path.stem else "fused_adam")
-    if "nvme" in path.stem:
-        expected.append("async_io")
-    assert op_builder.ops_needed(config) == expected
-
-
-ADAM = {"type": "AdamW", "params": {}}
-NVME = {"device": "nvme", "nvme_path": "/tmp"}
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({}, []),
-        ({"optimizer": ADAM}, ["fused_adam"]),
-        ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, []),
-        ({"optimizer": {"type": "SGD"}}, []),
-        ({"optimizer": {"type": "Lion"}}, ["fused_lion"]),
-        (
-            {"optimizer": ADAM, "zero_optimization": {"stage": 2, "offload_optimizer": NVME}},
-            ["cpu_adam"],
-        ),
-        (
-            {"optimizer": ADAM, "zero_optimization": {"stage": 3, "offload_optimizer": NVME}},
-            ["cpu_adam", "async_io"],
-        ),
-        (
-            {"optimizer": ADAM, "zero_optimization": {"stage": 3, "offload_param": NVME}},
-            ["fused_adam", "async_io"],
-        ),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {}}}, []),
-    ],
-)
-def test_ops_needed(config: dict[str, object], expected: list[str]) -> None:
-    assert op_builder.ops_needed(config) == expected
 
 
 def test_the_cache_is_ours_unless_the_user_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
