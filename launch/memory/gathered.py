@@ -54,23 +54,28 @@ class _Module(NamedTuple):
     """A module that DeepSpeed has hooks on, and the indices of its weights that are not small."""
 
     fetched: list[int]
-    direct: list[int]  # those that are not a submodule's
-    below: list[int]  # with those of its submodules
-    block: bool = False
+    below: list[int]  # its own and its submodules'
+    block: bool = False  # gathered whole: all of its weights are its submodules'
+
+    @property
+    def direct(self) -> list[int]:
+        """Those that are not a submodule's."""
+        return [] if self.block else self.fetched
 
 
 @lru_cache(maxsize=256)
 def _gathered(config: GPTConfig, tensor: int, small: int, limits: _Limits) -> Gathered:
     sizes, layers = _weights(config, tensor, small)
     token, position, *blocks, norm, output = layers
-    first = [_Module(each, each, each) for each in (token, position)]
-    last = [_Module(each, each, each) for each in (norm, output)]
-    chain_of_blocks = [_Module(each, [], each, block=True) for each in blocks]
+    chain_of_modules = [
+        *(_Module(each, each) for each in (token, position)),
+        *(_Module(each, each, block=True) for each in blocks),
+        *(_Module(each, each) for each in (norm, output)),
+    ]
     # Containers gather nothing, but prefetch.
-    model = _Module([], [], list(range(len(sizes))))
-    embedding = _Module([], [], [*token, *position])
-    forward = [model, embedding, *first, *chain_of_blocks, *last]
-    order = [*forward, model, *reversed([*first, *chain_of_blocks, *last])]
+    model, embedding = _Module([], list(range(len(sizes)))), _Module([], [*token, *position])
+    forward = [model, embedding, *chain_of_modules]
+    order = [*forward, model, *reversed(chain_of_modules)]
     held = _replay(sizes, order, limits)
     end, later = len(forward), held[len(forward) + 2 : -2]
     return Gathered(held[end - 1], held[end], max([0, *later]), held[-1])

@@ -29,7 +29,8 @@ from tests.ranks import run_ranks
 __all__ = ["CLIP", "NO_CLIP", "STEPS", "write_text"]
 FAMILIES = {name: compositions.FAMILIES[name] for name in ("gpt2", "llama")}
 DOCUMENTS = "data.document_mask=true"
-LARGE_EPS = (f"deepspeed.optimizer.params.eps={EPS}",)
+EPS_KEY = "deepspeed.optimizer.params.eps"
+LARGE_EPS = (f"{EPS_KEY}={EPS}",)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from launch.config.load import recipe_from_dict
 from launch.parity.compare import compare, key_biases, tolerances_of
 from launch.parity.places import Place, differences
 from launch.parity.run import TrainingRecord, plan_reference, run_layout, run_reference
-from tests.parity.faults.seeded import EPS_KEY, Fault, Seeded
+from tests.parity.cases import EPS_KEY
+from tests.parity.faults.seeded import Fault, Seeded
 from tests.parity.kinds import axes_of
 from tests.parity.planting import first_seen
 from tests.ranks import run_ranks

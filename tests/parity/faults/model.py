@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.parity.cases import DOCUMENTS, Case
-from tests.parity.faults.seeded import EPS_KEY, FEW_ROWS, LOSS_1, NORM_1, WEIGHTS, Seeded
+from tests.parity.cases import DOCUMENTS, EPS_KEY, Case
+from tests.parity.faults.seeded import FEW_ROWS, LOSS_1, NORM_1, WEIGHTS, Seeded
 from tests.parity.planting import plant
 
 IN, OUT = "its input", "its output"

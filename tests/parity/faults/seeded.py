@@ -12,8 +12,6 @@ FEW_ROWS = "train.global_batch_size=4"  # for the cases of `make test`
 LOSS_1, LOSS_2, LOSS_3, LOSS_4 = (f"loss at step {step}" for step in (1, 2, 3, 4))
 NORM_1, NORM_2, NORM_3 = (f"grad norm at step {step}" for step in (1, 2, 3))
 WEIGHTS = "weights"
-# With Adam's usual eps, rounding alone passes a bound on some processors; see `compositions.EPS`.
-EPS_KEY = "deepspeed.optimizer.params.eps"
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,8 @@ class Seeded:
         quantity: of a module: its input, its output, or the gradient of one of them.
         step: at which it appears.
         ranks: on which it appears.
-        changes: for `Case.recipe`; without one of EPS_KEY, that is `compositions.EPS`.
+        changes: for `Case.recipe`; without one of EPS_KEY, that is `compositions.EPS`: with the
+            usual one, rounding alone passes a bound on some processors.
         refused: without the fault, this case is an error.
         missed: why `--bisect` names another place; empty: it names this one.
         more: further cases, and what is seen first in them.
