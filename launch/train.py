@@ -38,14 +38,20 @@ from launch.runtime.process_group import (
     shutdown,
 )
 from launch.runtime.rank_env import set_rank_env_from_launcher
-from launch.runtime.signals import install_signal_handlers
+from launch.runtime.signals import (
+    install_signal_handlers,
+    save_on_signal,
+)
 
 if TYPE_CHECKING:
     from launch.training.train_step import StepResult
 
 
-def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
+def train(recipe: Recipe, resume: str | None, force: bool = False) -> int:
     """Run a recipe to the end on this rank; `force` skips the check that the GPUs have the memory.
+
+    Returns:
+        The exit code: 0, or `STOPPED_BY_SIGNAL` if a signal came, and the run has saved and stopped.
 
     Raises:
         UserError: for any error that the user can fix; see `launch/errors.py`.
@@ -68,10 +74,12 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
     layout, corpus = plan.layout, plan.corpus
     clock.lap("data")
 
-    from launch.checkpoint import checkpoint
+    from launch.checkpoint.identity import check, identity
+    from launch.checkpoint.load import load
     from launch.checkpoint.resume import choose_start
+    from launch.checkpoint.save import Saver
     from launch.deepspeed_patches.nvme_folder import make_empty, remove, with_own_swap_folder
-    from launch.runtime.rng import seed_generators
+    from launch.runtime.rng import seed_generators, use_deterministic_kernels
     from launch.runtime.run_dir import lock_run_dir, write_settings
     from launch.training.engine import build_engine
     from launch.training.evaluate import evaluate
@@ -81,6 +89,8 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
     from launch.training.train_step import train_step
 
     check_trackers(recipe)
+    if recipe.train.deterministic:
+        use_deterministic_kernels()
     clock.lap("imports")
     ranks, topology = join_ranks(plan, say)
     data_rank = topology.get_data_parallel_rank()
@@ -88,10 +98,12 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
 
     start = from_main_rank(ranks, lambda: choose_start(recipe, resume))
     say(start.message)
-    run, done = start.folder, 0
-    identity = checkpoint.identity(recipe, plan.ds_config, layout, corpus.folder.name)
+    run, done, code = start.folder, 0, 0
+    this_run = identity(recipe, plan.ds_config, layout, corpus.folder.name)
     if start.checkpoint:
-        done = checkpoint.check(start.checkpoint, identity, recipe.train.steps)
+        done, change = check(start.checkpoint, this_run, recipe.train.steps)
+        if change:
+            say(f"the checkpoint is of another layout, and is read into this one: {change}")
     ds_config, swap_folders = with_own_swap_folder(plan.ds_config, run.path)
     lock = lock_run_dir(run) if ranks.is_main else None
     if ranks.is_main:
@@ -102,7 +114,8 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
     engine = build_engine(recipe, ds_config, ranks, topology)
     seed_generators(recipe.train.seed, topology.coordinates["pipeline"], data_rank)
     if start.checkpoint:
-        checkpoint.load(engine, start.checkpoint, ranks)
+        load(engine, topology, ranks, start.checkpoint, this_run)
+    saver = Saver(engine, topology, ranks, run, this_run, recipe.checkpoint)
     clock.lap("engine")
     gc.freeze()  # what is there now is never garbage
     gc.set_threshold(*collect_at)
@@ -114,6 +127,8 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
     if ranks.is_main:
         metrics = Metrics(run, recipe, done, ranks.world_size, flops, ranks.device)
 
+    if recipe.checkpoint.every and recipe.checkpoint.on_signal:
+        save_on_signal()
     steps, eval_every = recipe.train.steps, recipe.train.eval_every
     save_every, stopping = recipe.checkpoint.every, False
     for step in range(done + 1, steps + 1):
@@ -128,15 +143,16 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
         # Checked last, so that the step's records are complete when the run resumes.
         stopping = step < steps and stop_requested(run, ranks)
         if stopping or (save_every and (step % save_every == 0 or step == steps)):
-            checkpoint.save(engine, run, step, recipe.checkpoint.keep, identity, ranks)
+            saver.save(step)
         if stopping:
-            clear_stop_request(run, ranks)
+            code = clear_stop_request(run, ranks)
             say(f"stopped on request after step {step} of {steps}; go on with --resume auto")
             break
         if metrics:
             metrics.restart_clock()
     if done >= steps:
         validation_loss = evaluate(engine, validation)
+    saver.finish()
     if metrics:
         metrics.close()
     if not stopping:
@@ -147,6 +163,7 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> None:
         remove(swap_folders)
     if lock:
         lock.release()
+    return code
 
 
 def check_finite(step: int, result: "StepResult") -> None:
@@ -229,14 +246,14 @@ def main() -> None:
         check_version(arguments.allow_untested_deepspeed)
         recipe = load_recipe(arguments.config, arguments.set)
         try:
-            train(recipe, arguments.resume, arguments.force)
+            code = train(recipe, arguments.resume, arguments.force)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             from launch.planner.fit_check import after_out_of_memory
 
             after_out_of_memory(recipe, error)
-        shutdown()
+        shutdown(code)
 
 
 if __name__ == "__main__":

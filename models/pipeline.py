@@ -30,6 +30,7 @@ from models.parallel.topology import TensorParallel
 from models.pipeline_stages import stage_bounds
 
 _TIED_KEY = "token"
+TIED_PARAMETER = "embedding.token.weight"  # its name in the whole model
 
 
 def tied_projection(

@@ -1,10 +1,10 @@
 """Choose where a run starts: in a new folder, or from the newest complete checkpoint."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.checkpoint.manifest import MANIFEST, find_damage, newest_complete
+from launch.checkpoint.folder import leftovers
+from launch.checkpoint.manifest import MANIFEST, find_damage, newest_complete, read_manifest
 from launch.config.schema import Recipe
 from launch.errors import UserError
 from launch.paths import ROOT
@@ -52,13 +52,13 @@ def choose_start(recipe: Recipe, resume: str | None) -> Start:
     for run in runs:
         found, rejected = newest_complete(run)
         if found:
-            return Start(run, found, _describe(found, [*passed_over, *rejected]))
+            return Start(run, found, _describe(run, found, [*passed_over, *rejected]))
         if rejected:
             raise UserError(
                 f"--resume auto: every checkpoint of {run.path} is damaged ({'; '.join(rejected)}); "
                 "remove the folder to start from step 0"
             )
-        unfinished = [path.name for path in run.checkpoints.glob(".saving_*")]
+        unfinished = [path.name for path in leftovers(run)]
         if run.metrics.exists() or unfinished:
             passed_over.append(f"{run.path.name}: {', '.join(unfinished) or 'no checkpoint'}")
     where = fixed.path if fixed else parent
@@ -74,11 +74,13 @@ def _start_at_path(path: Path) -> Start:
     if path.name.startswith("step_") or (path / MANIFEST).exists():
         wrong = find_damage(path)
         if wrong:
-            raise UserError(
-                f"--resume: {path} is not a complete checkpoint: {wrong}; name another one, or the "
-                "run's folder for its newest complete one"
+            other, _ = newest_complete(RunDir(path.parent.parent))
+            instead = (
+                f"the newest complete one is {other}" if other else "its run has no complete one"
             )
-        return Start(RunDir(path.parent.parent), path, _describe(path, []))
+            raise UserError(f"--resume: {path} is not a complete checkpoint: {wrong}; {instead}")
+        run = RunDir(path.parent.parent)
+        return Start(run, path, _describe(run, path, []))
     run = RunDir(path)
     found, rejected = newest_complete(run)
     if not found:
@@ -87,10 +89,11 @@ def _start_at_path(path: Path) -> Start:
             f"--resume: {path} has no complete checkpoint ({reasons}); name another run's folder, "
             "or start a new run without --resume"
         )
-    return Start(run, found, _describe(found, rejected))
+    return Start(run, found, _describe(run, found, rejected))
 
 
-def _describe(checkpoint: Path, rejected: list[str]) -> str:
-    step = json.loads((checkpoint / MANIFEST).read_text())["step"]
+def _describe(run: RunDir, checkpoint: Path, rejected: list[str]) -> str:
+    step = read_manifest(checkpoint)["step"]
+    rejected = [*rejected, *(f"{path.name}: cut short" for path in leftovers(run))]
     passed_over = f" (passed over {'; '.join(rejected)})" if rejected else ""
     return f"resuming after step {step} from {checkpoint}{passed_over}"

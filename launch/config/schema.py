@@ -135,7 +135,8 @@ class Schedule(_Block):
 class Train(_Block):
     """Steps, batch sizes (in sequences) and seed.
 
-    `micro_batch_size` is an upper limit; see `launch/config/layout.py`.
+    `micro_batch_size` is an upper limit; see `launch/config/layout.py`. `deterministic` takes, on GPUs, the
+    kernels that give the same bits each time, which are slower.
     """
 
     steps: PositiveInt
@@ -146,13 +147,20 @@ class Train(_Block):
     eval_every: Annotated[int, Field(ge=0)] = 0
     eval_batches: PositiveInt = 8
     compile: bool = False
+    deterministic: bool = False
 
 
 class Checkpoint(_Block):
-    """Save every `every` steps (0: never) and keep the newest `keep` of them."""
+    """Save every `every` steps (0: never) and keep the newest `keep` of them.
+
+    `on_signal`: a run that saves at all also saves when SIGTERM or SIGUSR1 comes, and exits with code 75.
+    `asynchronous` copies the state to host memory and writes it while training goes on.
+    """
 
     every: Annotated[int, Field(ge=0)] = 0
     keep: PositiveInt = 2
+    on_signal: bool = True
+    asynchronous: bool = False
 
 
 class Run(_Block):

@@ -97,8 +97,8 @@ def init_process_group() -> RankInfo:
     return RankInfo(rank, world_size, local_rank, device)
 
 
-def shutdown() -> NoReturn:
-    """Wait for all ranks, then exit with code 0.
+def shutdown(code: int = 0) -> NoReturn:
+    """Wait for all ranks, then exit with `code`.
 
     Skips the normal interpreter exit, which stops threads of gloo and the autograd engine in no
     defined order; a test run once aborted there, after all work was done.
@@ -109,7 +109,7 @@ def shutdown() -> NoReturn:
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def from_main_rank(ranks: RankInfo, decide: Callable[[], Decision]) -> Decision:

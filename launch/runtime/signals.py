@@ -1,4 +1,4 @@
-"""End a rank when its launcher dies, or on Ctrl-C or SIGTERM."""
+"""End a rank when its launcher dies or on Ctrl-C; on SIGTERM or SIGUSR1, let it save first."""
 
 import ctypes
 import os
@@ -14,10 +14,33 @@ PR_SET_PDEATHSIG = 1
 LOOK_EVERY_SECONDS = 1.0
 # A failure is reported by the failed rank, or by one that lost the connection to it. A rank that
 # gets a signal prints only if no other rank has reported an error.
+STOPPED_BY_SIGNAL = (
+    75  # the exit code of a run that a signal has stopped, and that has saved; EX_TEMPFAIL
+)
+# DeepSpeed's launcher and torchrun kill a rank 30 s after they have sent it SIGTERM; so does Kubernetes.
+SAVE_WITHIN_SECONDS = 25.0
 REASONS = {
     signal.SIGINT: "interrupted by Ctrl-C (SIGINT)",
     signal.SIGTERM: "ended by SIGTERM: another rank died, or somebody stopped the job",
+    signal.SIGUSR1: "ended by SIGUSR1: somebody stopped the job",
 }
+_SAVE_ON = (signal.SIGTERM, signal.SIGUSR1)
+_saves = threading.Event()
+_asked = threading.Event()
+
+
+def save_on_signal() -> None:
+    """From now on, SIGTERM and SIGUSR1 do not end this rank, but `stop_asked` says that one came.
+
+    SIGTERM ends it nevertheless if it has not saved and exited within 25 s, or if the launcher has sent it
+    because another rank of this host has died: then no step can finish.
+    """
+    _saves.set()
+
+
+def stop_asked() -> bool:
+    """Whether this rank was asked to save and stop."""
+    return _asked.is_set()
 
 
 def end_with_launcher() -> None:
@@ -59,7 +82,7 @@ def _parent(pid: int) -> int | None:
 
 
 def install_signal_handlers() -> None:
-    """End with one line on SIGINT and SIGTERM, even while the main thread waits in a collective.
+    """End with one line on SIGINT, SIGTERM and SIGUSR1, even while the main thread waits in a collective.
 
     Python runs signal handlers in the main thread, between bytecodes. A rank whose peer is gone may
     never get there, and the launcher would wait 30 seconds for it, so a thread handles the signals.
@@ -83,6 +106,36 @@ def _forget_signals() -> None:
 def _listen(listening: int) -> None:
     while True:
         for number in os.read(listening, 64):
-            if number in REASONS:
-                reason = REASONS[signal.Signals(number)]
-                end(f"{reason}; what was saved is whole, go on with --resume auto", 128 + number)
+            if number not in REASONS:
+                continue
+            if _saves.is_set() and number in _SAVE_ON and _every_rank_lives():
+                if number == signal.SIGTERM and not _asked.is_set():
+                    timer = threading.Timer(SAVE_WITHIN_SECONDS, _end, (number,))
+                    timer.daemon = True
+                    timer.start()
+                _asked.set()
+            else:
+                _end(number)
+
+
+def _end(number: int) -> None:
+    reason = REASONS[signal.Signals(number)]
+    end(f"{reason}; what was saved is whole, go on with --resume auto", 128 + number)
+
+
+def _every_rank_lives() -> bool:
+    """Whether the launcher of this host still has all of its ranks."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    launcher = os.getppid()
+    try:
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    except OSError:  # the kernel has no such list
+        return True
+    return len([pid for pid in children if _state(int(pid)) not in (None, "Z")]) >= ranks
+
+
+def _state(pid: int) -> str | None:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None

@@ -127,6 +127,27 @@ def test_ctrl_c_is_one_line(recipe: Path, tmp_path: Path) -> None:
     assert newest is not None
 
 
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.matrix)]
+)
+def test_a_signal_saves_and_has_an_exit_code_of_its_own(
+    number: signal.Signals, recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = train_command(recipe, LONG, "checkpoint.every=1000000", ranks=2)
+    with started(command) as process:
+        wait_for(process, "step 1/")
+        send(ranks_of(process.pid)[1], number)  # one rank gets it, and all save after the same step
+        output, _ = process.communicate(timeout=GONE_WITHIN_SECONDS)
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+    newest, _ = newest_complete(RunDir(run))
+    last = steps_logged(run)[-1]["step"]
+    assert newest is not None
+    assert newest.name == f"step_{last:08d}"
+    assert f"stopped on request after step {last} of 100000" in output
+
+
 def test_a_loss_that_is_no_number_stops_the_run(recipe: Path, tmp_path: Path) -> None:
     ended = train_forked(
         recipe, "train.steps=30", "deepspeed.optimizer.params.lr=1e30",

@@ -54,7 +54,7 @@ def load_and_step(folder: Path) -> float:
 def test_checkpoint_restores_no_optimizer_state(tmp_path: Path, built_ops: object) -> None:
     assert run_ranks(step_and_save, 1, tmp_path) == [1.0]
     # Adam begins again; it should have counted to 2.
-    assert run_ranks(load_and_step, 1, tmp_path) == [1.0], repaired("nvme_checkpoint.save_swapped")
+    assert run_ranks(load_and_step, 1, tmp_path) == [1.0], repaired("nvme_checkpoint.in_memory")
 
 
 def swap_files(folder: Path, seed: int) -> dict[str, bytes]:

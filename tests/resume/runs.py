@@ -73,6 +73,17 @@ def _kill_after(steps: int) -> None:
     vars(launch.training.train_step)["train_step"] = deadly
 
 
+def files(run: Path) -> dict[str, bytes]:
+    """All that a finished run's last checkpoint and final weights are made of, by name."""
+    saved = run / f"checkpoints/step_{STEPS:08d}"
+    found = {
+        file.name: file.read_bytes() for file in saved.iterdir() if file.name != "manifest.json"
+    }
+    assert any(name.startswith("state_") for name in found)
+    assert any(name.startswith("generators_") for name in found)
+    return {**found, "model": (run / "model.safetensors").read_bytes()}
+
+
 def steps_logged(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what differs from run to run."""
     return [

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from launch.checkpoint import checkpoint, resume
-from launch.checkpoint.manifest import MANIFEST
+from launch.checkpoint import resume
+from launch.checkpoint.identity import check, identity
+from launch.checkpoint.manifest import FORMAT, MANIFEST
 from launch.checkpoint.resume import choose_start
 from launch.config.layout import plan_layout
 from launch.config.load import recipe_from_dict
@@ -17,6 +18,8 @@ from launch.errors import UserError
 from launch.runtime.run_dir import RunDir, lock_run_dir, new_folder
 from tests.resume.runs import steps_logged, train, values, write_text
 
+# What `printf 12345678 | sha256sum` prints.
+SHA256 = "ef797c8118f02dfb649607dd5d3f8c7623048c9c063d532cc95c5ed7a898a64f"
 ZERO1: dict[str, Any] = {"config": "ds_configs/zero1.json", "bf16": {"enabled": False}}
 
 
@@ -32,7 +35,9 @@ def _saved(run: Path, *steps: int) -> list[Path]:
         folder = run / f"checkpoints/step_{step:08d}"
         folder.mkdir(parents=True)
         (folder / "weights.pt").write_bytes(b"12345678")
-        (folder / MANIFEST).write_text(json.dumps({"step": step, "files": {"weights.pt": 8}}))
+        files = {"weights.pt": {"bytes": 8, "sha256": SHA256}}
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
         made.append(folder)
     (run / "metrics.jsonl").touch()
     return made
@@ -65,19 +70,32 @@ def test_auto_passes_over_a_save_that_was_cut_short(tmp_path: Path) -> None:
     assert choose_start(_recipe(tmp_path), "auto").checkpoint == saved[0]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "empty manifest"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "missing", "one bit", "manifest", "empty manifest", "no file", "old"]
+)
 def test_auto_passes_over_a_damaged_one_and_says_so(damage: str, tmp_path: Path) -> None:
     older, newer = _saved(tmp_path / "run", 2, 4)
     if damage == "truncated":
         (newer / "weights.pt").write_bytes(b"1234")
+    elif damage == "one bit":
+        (newer / "weights.pt").write_bytes(b"12345679")
     elif damage == "missing":
         (newer / "weights.pt").unlink()
+    elif damage == "no file":
+        (newer / MANIFEST).unlink()
     else:
-        (newer / MANIFEST).write_text('{"step": 4, ' if damage == "manifest" else "{}")
+        texts = {
+            "manifest": '{"step": 4, ',
+            "empty manifest": "{}",
+            "old": '{"step": 4, "files": {}}',
+        }
+        (newer / MANIFEST).write_text(texts[damage])
     start = choose_start(_recipe(tmp_path), "auto")
     assert start.checkpoint == older
     assert "passed over step_00000004" in start.message
-    with pytest.raises(UserError, match="is not a complete checkpoint"):
+    with pytest.raises(
+        UserError, match=rf"is not a complete .*; the newest complete one is {older}"
+    ):
         choose_start(_recipe(tmp_path), str(newer))
 
 
@@ -193,7 +211,6 @@ def test_a_changed_recipe_is_rejected_by_the_key(change: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("other", "rejected"),
     [
-        ({"ranks": 2}, r"saved by 1 ranks, and these are 2; start 1 ranks"),
         ({"corpus": "b"}, "training text is not the one"),
         ({"json": {"a": {"lr": 2}}}, r"deepspeed.a.lr was 1 and is 2"),
     ],
@@ -208,21 +225,22 @@ def _identity(
     recipe: Recipe, ranks: int = 1, corpus: str = "a", json: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     ds_config = {"a": {"lr": 1}, "train_batch_size": ranks} if json is None else json
-    return checkpoint.identity(recipe, ds_config, plan_layout(recipe, ranks), corpus)
+    return identity(recipe, ds_config, plan_layout(recipe, ranks), corpus)
 
 
 def _checkpoint(folder: Path, recipe: Recipe) -> Path:
     (saved,) = _saved(folder / "run", 2)
-    (saved / MANIFEST).write_text(json.dumps({"step": 2, **_identity(recipe), "files": {}}))
+    manifest = {"format": FORMAT, "step": 2, **_identity(recipe), "files": {}}
+    (saved / MANIFEST).write_text(json.dumps(manifest))
     return saved
 
 
-def _check(saved: Path, identity: dict[str, Any], steps: int, rejected: str | None) -> None:
+def _check(saved: Path, run: dict[str, Any], steps: int, rejected: str | None) -> None:
     if rejected is None:
-        assert checkpoint.check(saved, identity, steps) == 2
+        assert check(saved, run, steps) == (2, None)
         return
     with pytest.raises(UserError, match=rejected):
-        checkpoint.check(saved, identity, steps)
+        check(saved, run, steps)
 
 
 def test_a_finished_run_and_more_steps(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from launch.config.load import recipe_from_dict
+from tests.parity.planting import plant
 from tests.ranks import run_ranks
-from tests.resume.runs import STEPS, steps_logged, train, values, write_text
+from tests.resume.runs import STEPS, files, steps_logged, train, values, write_text
 
 WENT_ON, APART = "went-on", "one rank saves, and the other trains"
 ASKED_DURING_STEP = 3  # two steps are saved every second one: this is not one of them
@@ -41,10 +42,10 @@ def _train_and_ask(recipe: dict[str, Any], agree: bool) -> None:
 
 def _look_alone(stop: Path) -> None:
     """Rank 0 alone sees that it is to stop, and tells when the other has gone on without it."""
-    import launch.checkpoint.checkpoint
     import launch.training.preemption
+    from launch.checkpoint.save import Saver
 
-    save = launch.checkpoint.checkpoint.save
+    save = Saver.save
 
     def save_or_tell(*arguments: Any) -> None:
         if not stop.exists():
@@ -54,7 +55,7 @@ def _look_alone(stop: Path) -> None:
             time.sleep(0.01)
         raise RuntimeError(APART)
 
-    vars(launch.checkpoint.checkpoint)["save"] = save_or_tell
+    plant(Saver, "save", save_or_tell)
     vars(launch.training.preemption)["stop_requested"] = lambda run, ranks: (
         ranks.is_main and run.stop.exists()
     )
@@ -77,8 +78,7 @@ def test_a_stopped_run_ends_like_one_never_stopped(tmp_path: Path) -> None:
     assert not (folder / "model.safetensors").exists()
     train(stopped, resume="auto")
     assert steps_logged(folder) == steps_logged(tmp_path / "whole")
-    for name in ("model.safetensors",):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert files(folder) == files(tmp_path / "whole")
     assert (folder / "summary.json").exists()
 
 

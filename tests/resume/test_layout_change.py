@@ -1,0 +1,152 @@
+"""A run saved in one layout goes on in any other: with the same state to the bit, and the same losses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.config.load import recipe_from_dict
+from launch.parity.compare import tolerances
+from tests.parity.hf_cases import MODELS, SIZES, WHOLE_MODELS
+from tests.ranks import run_ranks
+from tests.resume.layouts import (
+    AFTER,
+    BEFORE,
+    LAYOUTS,
+    load_each,
+    recipe,
+    same,
+    save_then_train,
+    saved,
+    whole_state,
+)
+from tests.resume.runs import write_text
+from tests.selection import representatives
+
+BOUND = tolerances(torch.float32, layers=3).loss
+
+
+def _save(tmp_path: Path, name: str, **model: Any) -> tuple[Path, list[float]]:
+    folder = tmp_path / name
+    losses = run_ranks(
+        save_then_train, LAYOUTS[name].ranks, recipe(tmp_path, name, **model), folder
+    )
+    return saved(folder), losses[0]
+
+
+def test_a_cycle_through_all_layouts_ends_with_the_bits_it_began_with(
+    tmp_path: Path, built_ops: object
+) -> None:
+    write_text(tmp_path / "text")
+    checkpoint, _ = _save(tmp_path, "one device")
+    began = whole_state(checkpoint)
+    assert all(tensor.abs().sum() > 0 for tensor in began.values())
+    for name in [*list(LAYOUTS)[1:], "one device"]:
+        folder = tmp_path / f"to {name}"
+        run_ranks(load_each, LAYOUTS[name].ranks, recipe(tmp_path, name), [checkpoint], folder, 0)
+        checkpoint = saved(folder / "0")
+        assert same(whole_state(checkpoint), began), name
+
+
+# Every layout as a target, of every layout's checkpoint. One engine loads them all, one after another.
+@pytest.mark.parametrize(
+    "target",
+    representatives(
+        LAYOUTS,
+        lambda name: (
+            {*(axis for axis in ("tensor", "pipeline", "stage 3", "disk", "one") if axis in name)}
+            or {"plain"}
+        ),
+        cost=lambda name: LAYOUTS[name].ranks,
+    ),
+)
+def test_the_losses_go_on_from_every_layouts_checkpoint(
+    target: str, every_layout: dict[str, tuple[Path, list[float]]], tmp_path: Path
+) -> None:
+    checkpoints = [checkpoint for checkpoint, _ in every_layout.values()]
+    layout = LAYOUTS[target]
+    root = checkpoints[0].parents[2]
+    found = run_ranks(
+        load_each, layout.ranks, recipe(root, target), checkpoints, tmp_path, AFTER, timeout=2000
+    )
+    for number, (source, (checkpoint, expected)) in enumerate(every_layout.items()):
+        assert found[0][number] == pytest.approx(expected, rel=BOUND), f"{source} to {target}"
+        again = whole_state(saved(tmp_path / str(number)))
+        assert same(again, whole_state(checkpoint)), f"{source} to {target}"
+
+
+@pytest.fixture(scope="module")
+def every_layout(
+    tmp_path_factory: pytest.TempPathFactory, built_ops: object
+) -> dict[str, tuple[Path, list[float]]]:
+    """Each layout's checkpoint, and its losses after it."""
+    folder = tmp_path_factory.mktemp("layouts")
+    write_text(folder / "text")
+    return {name: _save(folder, name) for name in LAYOUTS}
+
+
+# A vocabulary and layers that do not divide by the ranks, and a router's bias, which is no parameter.
+@pytest.mark.parametrize(
+    ("model", "layouts"),
+    [
+        ("uneven", ("tensor 2, stage 1", "one device", "stage 3, data 2", "tensor 2, stage 1")),
+        pytest.param(
+            "buffers",
+            ("stage 2, data 4", "stage 3, data 2", "one device"),
+            marks=pytest.mark.matrix,
+        ),
+    ],
+)
+def test_a_transformers_model_goes_through_layouts(
+    model: str, layouts: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_text(tmp_path / "text")
+    config = tmp_path / "config.json"
+    longer = {"max_position_embeddings": 32}
+    config.write_text(json.dumps(SIZES | (MODELS | WHOLE_MODELS)[model] | longer))
+    first, *others = layouts
+    checkpoint, expected = _save(tmp_path, first, path=str(config))
+    began = whole_state(checkpoint)
+    for name in others:
+        folder, values = tmp_path / f"to {name}", recipe(tmp_path, name, path=str(config))
+        (losses,) = run_ranks(load_each, LAYOUTS[name].ranks, values, [checkpoint], folder, AFTER)[
+            0
+        ]
+        assert losses == pytest.approx(expected, rel=BOUND), name
+        before, checkpoint = checkpoint, saved(folder / "0")
+        assert same(whole_state(checkpoint), began), name
+        if model == "buffers":
+            kept = [(c / "buffers.safetensors").read_bytes() for c in (before, checkpoint)]
+            assert kept[0] == kept[1]
+
+
+def test_the_saved_weights_are_those_that_the_ranks_gather(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    name = "pipeline 2 x tensor 2, stage 1"
+    run_ranks(_save_both_ways, LAYOUTS[name].ranks, recipe(tmp_path, name), tmp_path)
+    gathered = torch.load(tmp_path / "gathered.pt", weights_only=True)
+    state = whole_state(saved(tmp_path))
+    assert {name for name, _ in state} == gathered.keys()
+    assert all(torch.equal(state[name, "weight"], tensor) for name, tensor in gathered.items())
+    assert {kind for _, kind in state} == {"weight", "exp_avg", "exp_avg_sq"}
+
+
+def _save_both_ways(values: dict[str, Any], folder: Path) -> None:
+    from launch.checkpoint.full_weights import full_weights
+    from launch.training.setup import local_engine
+    from launch.training.train_step import train_step
+    from tests.resume.layouts import saver
+
+    with local_engine(values, folder) as local:
+        for step in range(BEFORE):
+            train_step(local.engine, local.batch(step))
+        saver(local, folder).save(BEFORE)
+        whole = {name: tensor.clone() for name, tensor in full_weights(local.engine)}
+        if local.ranks.is_main:
+            torch.save(whole, folder / "gathered.pt")
+
+
+def test_the_recipes_are_of_one_run(tmp_path: Path) -> None:
+    assert len({recipe_from_dict(recipe(tmp_path, name)).train for name in LAYOUTS}) == 1
