@@ -26,6 +26,7 @@ class Slurm(_Block):
     qos: str | None = None
     time: str | None = None
     save_seconds: PositiveInt = 300  # how long before the time limit the run is told to save
+    save_mb_per_second: PositiveInt = 500  # what a node writes to the runs folder
     gpus: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
     requeue: bool = True
     options: list[str] = []

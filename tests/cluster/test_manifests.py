@@ -13,9 +13,10 @@ import yaml
 
 from launch.cluster.backend import MODULES, backend_of
 from launch.cluster.backends.containers import NAME_LENGTH, name_of
+from launch.cluster.backends.slurm import check_save_fits
 from launch.cluster.job import Job, make_job, write_files
 from launch.cluster.job_store import Record
-from launch.cluster.site import Kubernetes, Site, SkyPilot, load_site
+from launch.cluster.site import Kubernetes, Site, SkyPilot, Slurm, load_site
 from launch.config.load import load_recipe
 from launch.errors import UserError
 from launch.paths import ROOT
@@ -262,3 +263,23 @@ def test_every_cluster_has_a_page() -> None:
         assert page.is_file()
         if cluster in ("k8s", "kubeflow", "skypilot"):
             assert "chema-checked, not run" in page.read_text()
+
+
+def test_a_job_whose_save_takes_longer_than_its_warning_is_rejected() -> None:
+    slow, fast = (
+        Site(slurm=Slurm(time="1:00:00", save_seconds=30, save_mb_per_second=speed))
+        for speed in (100, 5000)
+    )
+    big = make_job(
+        "slurm", "recipes/llama3_70b_pp4_tp8_zero1.yaml", [], 8, 8, slow,
+        shared_disk=False,
+    )  # fmt: skip
+    # 70.55 billion parameters of 12 bytes: 105.8 GB for each of 8 nodes, 1,059 s at 100 MB/s.
+    with pytest.raises(UserError, match=r"106 GB .* in 1059 s at 100 MB/s .* set at least 1119"):
+        check_save_fits(big)
+    check_save_fits(job_for("slurm", slow))
+    check_save_fits(
+        make_job(
+            "slurm", "recipes/llama3_70b_pp4_tp8_zero1.yaml", [], 8, 8, fast, shared_disk=False
+        )
+    )

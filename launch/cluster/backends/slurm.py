@@ -3,6 +3,7 @@
 As a program on a node, it prints the node's `--world_info`: see `world_info_of_node`.
 """
 
+import math
 import os
 import platform
 import re
@@ -12,14 +13,17 @@ import sys
 import time
 from collections.abc import Sequence
 
+from launch.checkpoint.manifest import STATE_BYTES
 from launch.cluster.job import Job
 from launch.cluster.job_store import Record, State
 from launch.errors import UserError
+from launch.planner.model_size import model_size
 from launch.runtime.failures import one_line_errors
 from launch.runtime.world_info import encode_world_info
 
 ASK_SECONDS = 60
 GONE_WITHIN_SECONDS = 120.0
+SPARE_SECONDS = 60  # for the step at hand, and for Slurm to look
 PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
 # Messages of Slurm's commands if there is no cluster, and the fix.
@@ -52,6 +56,7 @@ class Backend:
             UserError: if Slurm's commands are missing or the partition is unknown; otherwise with
                 Slurm's message.
         """
+        check_save_fits(job)
         for program in ("sbatch", "squeue", "scontrol", "scancel", "sinfo"):
             if not shutil.which(program):
                 raise UserError(
@@ -112,6 +117,23 @@ class Backend:
                     f"squeue --jobs {record.id}"
                 )
             time.sleep(0.5)
+
+
+def check_save_fits(job: Job) -> None:
+    """Check that a checkpoint can be written between the warning and the time limit.
+
+    Raises:
+        UserError: naming the seconds that it takes at the site's speed.
+    """
+    slurm, (parameters, _) = job.site.slurm, model_size(job.recipe)
+    share = STATE_BYTES * parameters / job.nodes
+    seconds = math.ceil(share / (slurm.save_mb_per_second * 1e6))
+    if slurm.time and seconds > slurm.save_seconds:
+        raise UserError(
+            f"slurm.save_seconds: a node writes {share / 1e9:.0f} GB of {job.recipe.name}'s checkpoint in "
+            f"{seconds} s at {slurm.save_mb_per_second} MB/s (slurm.save_mb_per_second), and is told to "
+            f"{slurm.save_seconds} s before its time limit; set at least {seconds + SPARE_SECONDS}"
+        )
 
 
 def _forgotten(record: Record) -> State:
