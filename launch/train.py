@@ -70,7 +70,9 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> int:
 
     if not force:
         check_fits(recipe)
-    plan = plan_run(recipe, int(os.environ["WORLD_SIZE"]), say)
+    # A run that resumes needs no initial weights; one that `auto` starts is checked when it is built.
+    first = recipe if resume is None else recipe.without_init_from()
+    plan = plan_run(first, int(os.environ["WORLD_SIZE"]), say)
     layout, corpus = plan.layout, plan.corpus
     clock.lap("data")
 
@@ -111,7 +113,8 @@ def train(recipe: Recipe, resume: str | None, force: bool = False) -> int:
     if ranks.local_rank == 0:
         make_empty(swap_folders)
     validation = plan.validation(data_rank)
-    engine = build_engine(recipe, ds_config, ranks, topology)
+    first = recipe.without_init_from() if start.checkpoint else recipe
+    engine = build_engine(first, ds_config, ranks, topology)
     seed_generators(recipe.train.seed, topology.coordinates["pipeline"], data_rank)
     if start.checkpoint:
         load(engine, topology, ranks, start.checkpoint, this_run)

@@ -22,7 +22,7 @@ def read_config(path: str, changes: dict[str, Any]) -> PreTrainedConfig:
     """
     if "/" in path and path.startswith((".", "/")) and not Path(path).exists():
         raise OSError(f"there is no file or folder {path}")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not changes:
         return config
     values, renamed = config.to_dict(), dict(config.attribute_map)
@@ -148,6 +148,6 @@ def from_pretrained(path: str, config: PreTrainedConfig) -> PreTrainedModel:
         OSError: if there are no weights.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype="float32"
+        path, config=config, dtype="float32", trust_remote_code=False
     )
     return model

@@ -38,17 +38,18 @@ def generate(arguments: argparse.Namespace) -> str:
     """
     if arguments.tokens < 1 or arguments.top_k < 1 or arguments.temperature < 0:
         raise UserError("--tokens and --top-k start at 1, --temperature at 0")
-    folder = _newest_run(arguments.run)
+    from launch.runtime.run_dir import newest_finished, read_settings
+
+    folder = newest_finished(arguments.run)
 
     import torch
 
     from launch.checkpoint.safetensors_io import load_weights
     from launch.data.tokenizer import load_tokenizer
-    from launch.runtime.run_dir import read_settings
     from launch.training.build_model import build_model
     from launch.training.sampling import sample
 
-    recipe = read_settings(folder)
+    recipe = read_settings(folder).without_init_from()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     model = build_model(recipe, torch.bfloat16 if gpu else torch.float32, device)
@@ -65,15 +66,6 @@ def generate(arguments: argparse.Namespace) -> str:
         arguments.top_k,
         arguments.seed,
     )
-
-
-def _newest_run(path: Path) -> Path:
-    if (path / "recipe.yaml").is_file():
-        return path
-    finished = sorted(path.glob("*/model*.safetensors"))
-    if not finished:
-        raise UserError(f"{path}: neither a run folder nor a folder with finished runs")
-    return finished[-1].parent
 
 
 if __name__ == "__main__":

@@ -98,6 +98,11 @@ def _check(recipe: Recipe) -> None:
                 f"data.sequence_length: {recipe.data.sequence_length} is more than the model's "
                 f"context of {context}; lower it, or raise model.context"
             )
+        init_from, run_dir = recipe.model.init_from, recipe.run.dir
+        if init_from and run_dir and Path(init_from).resolve() == Path(run_dir).resolve():
+            raise UserError(
+                "model.init_from: it is the folder that run.dir writes to; name another run.dir"
+            )
     check_parallel(recipe)
 
 

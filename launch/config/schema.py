@@ -36,9 +36,14 @@ else:
 
 
 class GPTModel(_Shape):
-    """Our own decoder: a named size, fields of `GPTConfig`, or both (fields take precedence)."""
+    """Our own decoder: a named size, fields of `GPTConfig`, or both (fields take precedence).
+
+    `init_from` is a folder with the initial weights, of `scripts/import_hf.py` or a finished run;
+    without it, they are drawn.
+    """
 
     checkpoint_activations: bool = False
+    init_from: str | None = None
 
     @cached_property
     def shape(self) -> GPTConfig:
@@ -201,3 +206,10 @@ class Recipe(_Block):
         if micro_batch is not None:
             train = train.model_copy(update={"micro_batch_size": micro_batch})
         return self.model_copy(update={"parallel": Parallel(), "train": train})
+
+    def without_init_from(self) -> "Recipe":
+        """The same recipe for weights that come from elsewhere: a checkpoint, or a finished run."""
+        if not isinstance(self.model, GPTModel):
+            return self
+        model = self.model.model_copy(update={"init_from": None})
+        return self.model_copy(update={"model": model})

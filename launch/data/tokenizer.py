@@ -137,7 +137,9 @@ class HubTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            backend: transformers.PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+            backend: transformers.PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=False
+            )
         except Exception as error:  # network, name, access, format: all end here
             raise HubError(
                 f"data.tokenizer: no file or folder is called '{name}', and the Hub does not give "

@@ -129,6 +129,20 @@ def read_settings(folder: Path) -> Recipe:
     return recipe_from_dict(yaml.safe_load(file.read_text()), where=str(file))
 
 
+def newest_finished(path: Path) -> Path:
+    """The run folder at `path`, or the newest finished run in it if it is `runs/<recipe>`.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if (path / "recipe.yaml").is_file():
+        return path
+    finished = sorted(path.glob("*/model*.safetensors"))
+    if not finished:
+        raise UserError(f"{path}: neither a run folder nor a folder with finished runs")
+    return finished[-1].parent
+
+
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Read the records of a metrics.jsonl; a truncated last line is ignored."""
     records = []

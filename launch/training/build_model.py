@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from torch import nn
 
 from launch.config.schema import GPTModel, HFModel, Recipe
 from launch.errors import UserError
+from launch.hf.initial_weights import load_initial_weights
 from models.gpt import GPT
-from models.init_weights import initialize, initialize_parameters
+from models.init_weights import initialize_parameters
 from models.parallel.topology import ONE_RANK, TensorParallel, Topology
 from models.pipeline import GPTPipeline
 
@@ -45,7 +46,8 @@ def build_model(
     The model is whole by default; with `tp`, a GPT is this rank's shard.
 
     Raises:
-        UserError: if a `family: hf` model cannot be found, read or changed as requested.
+        UserError: if a `family: hf` model cannot be found, read or changed as requested, or
+            `model.init_from` has no weights for a GPT.
     """
     spec = recipe.model
     if isinstance(spec, HFModel):
@@ -53,8 +55,17 @@ def build_model(
     with _new_parameters(dtype, device):
         model = GPT(spec.shape, spec.checkpoint_activations, tp)
     if torch.device(device).type != "meta":
-        initialize(model, recipe.train.seed)
+        _set_initial_weights(model.named_parameters(), spec, recipe.train.seed)
     return model
+
+
+def _set_initial_weights(
+    parameters: Iterable[tuple[str, nn.Parameter]], spec: GPTModel, seed: int
+) -> None:
+    if spec.init_from is None:
+        initialize_parameters(parameters, spec.shape, seed)
+    else:
+        load_initial_weights(parameters, spec)
 
 
 def _build_hf(
@@ -122,7 +133,11 @@ def build_partitioned(
         config_dict_or_path=ds_config, data_parallel_group=topology.sample_group, mpu=topology
     ):
         model = GPT(spec.shape, spec.checkpoint_activations, tp)
-    initialize(model, recipe.train.seed, gather)
+    if spec.init_from is None:
+        initialize_parameters(model.named_parameters(), spec.shape, recipe.train.seed, gather)
+    else:
+        writes = topology.get_data_parallel_rank() == 0
+        load_initial_weights(model.named_parameters(), spec, gather, writes=writes)
     return model
 
 
@@ -151,7 +166,7 @@ def build_pipeline(
             recipe.parallel.partition,
             spec.checkpoint_activations,
         )
-    initialize_parameters(model.canonical_parameters(), model.config, recipe.train.seed)
+    _set_initial_weights(model.canonical_parameters(), spec, recipe.train.seed)
     return model
 
 

@@ -95,6 +95,10 @@ def check_model(recipe: Recipe, ds_config: dict[str, Any], tokenizer: Tokenizer 
     """
     if isinstance(recipe.model, GPTModel):  # its context is checked with the recipe
         vocab, key = recipe.model.shape.vocab, "model.vocab"
+        if recipe.model.init_from is not None:
+            from launch.hf.initial_weights import check_init_from
+
+            check_init_from(recipe.model)
     else:
         from launch.ds_json.view import training_dtype
         from launch.training.build_model import build_model

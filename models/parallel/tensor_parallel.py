@@ -58,6 +58,18 @@ class Shard:
         """The whole parameter's shape, from a shard's shape."""
         return [sum(self.parts) if d == self.dim else n for d, n in enumerate(local)]
 
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """Where this rank's shard lies in the whole, along `dim`, without its padding.
+
+        For each part: where it begins in the shard, where in the whole parameter, and its length.
+        """
+        found, here, there = [], 0, 0
+        for part, width in zip(self.parts, self.widths, strict=True):
+            start = min(self.rank * width, part)
+            found.append((here, there + start, min(width, part - start)))
+            here, there = here + width, there + part
+        return found
+
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's shard of a whole parameter: `sum(parts)` to `sum(widths)` along `dim`."""
         pieces = []

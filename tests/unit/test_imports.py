@@ -53,6 +53,7 @@ FLOORS = (
     ("runtime",),
     ("ops",),
     ("data", "checkpoint", "versions", "memory"),
+    ("hf",),
     ("training",),
     ("planner", "parity"),
     ("perf", "doctor", "certify"),
