@@ -80,6 +80,7 @@ def consolidate(weights: Weights, out: Path, dtype: torch.dtype) -> None:
         with SafetensorsWriter(partial, specs) as writer:
             for name, tensor in weights.tensors():
                 writer.write(name, tensor)
+                del tensor  # before the next one is read
         partial.rename(out)
     except OSError as error:
         raise UserError(f"{out}: cannot write it ({error}); make room, and start again") from error

@@ -14,7 +14,7 @@ class Layer:
     """A layer of ours (`{i}`: the block) and those of the family that it is made of, in order.
 
     With several, ours is fused: their output features, one after the other. With `transposed`, the
-    family keeps the matrix as `[in, out]` (GPT-2's Conv1D), and ours is `[out, in]`.
+    family keeps its one matrix as `[in, out]` (GPT-2's Conv1D), and ours is `[out, in]`.
     """
 
     ours: str

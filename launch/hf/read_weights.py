@@ -99,9 +99,9 @@ class WeightFiles:
             function(opened.get_slice(name))
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor, in its dtype."""
+        """A whole tensor, in its dtype. Its numbers are pages of the file, read when they are used."""
         with safe_open(self._file_of[name], "pt") as opened:
-            tensor: Tensor = opened.get_tensor(name).clone()
+            tensor: Tensor = opened.get_tensor(name)
         return tensor
 
 

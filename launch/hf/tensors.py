@@ -44,9 +44,14 @@ class Correspondence:
 
     def to_ours(self, read: Callable[[str], Tensor]) -> Tensor:
         """Our tensor, from the family's, which `read` returns by name."""
-        parts = [read(name) for name in self.theirs]
-        whole = [part.t() if self.transposed else part for part in parts]
-        return whole[0] if len(whole) == 1 else torch.cat(whole)
+        first = read(self.theirs[0])
+        if len(self.theirs) == 1:
+            return first.t() if self.transposed else first
+        whole = torch.empty(self.shape, dtype=first.dtype)
+        del first
+        for name, place in zip(self.theirs, whole.split(self.rows), strict=True):
+            place.copy_(read(name))  # one at a time: each may be large
+        return whole
 
 
 def our_shapes(config: GPTConfig) -> dict[str, Shape]:

@@ -43,9 +43,6 @@ def export_tokenizer(name: str, folder: Path, context: int) -> Tokenizer:
         _copy(Path(name).expanduser(), tokenizer, folder, context)
     else:
         AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
-    if not _same_ids(tokenizer, folder) and isinstance(tokenizer, FileTokenizer):
-        # A model's own class builds its tokenizer anew from the vocabulary, by its own rules.
-        _change_settings(folder, tokenizer_class=ANY_FILE_ALONE)
     if not _same_ids(tokenizer, folder):
         raise UserError(f"data.tokenizer: AutoTokenizer gives other ids than {name}")
     return tokenizer
@@ -115,20 +112,19 @@ def _copy(path: Path, tokenizer: Tokenizer, folder: Path, context: int) -> None:
     for name in FILES[1:5]:
         if file.with_name(name).is_file():
             shutil.copyfile(file.with_name(name), folder / name)
-    if not (folder / SETTINGS).is_file():
-        vocab = read_object(file)
-        tokens = {**vocab["model"].get("vocab", {})} if "model" in vocab else {}
-        tokens |= {token["content"]: token["id"] for token in vocab.get("added_tokens", [])}
-        end = next(token for token, number in tokens.items() if number == tokenizer.separator)
-        (folder / SETTINGS).write_text("{}")
-        _change_settings(
-            folder, tokenizer_class=ANY_FILE_ALONE, eos_token=end, model_max_length=context
-        )
+    # A model's own class would build its tokenizer anew from the vocabulary, by that model's rules.
+    settings = {"model_max_length": context, "eos_token": _separator_name(file, tokenizer)}
+    if (folder / SETTINGS).is_file():
+        settings |= read_object(folder / SETTINGS)
+        settings.pop("auto_map", None)  # code that came with it, which the ids do not need
+    settings["tokenizer_class"] = ANY_FILE_ALONE
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _change_settings(folder: Path, **changes: object) -> None:
-    file = folder / SETTINGS
-    file.write_text(json.dumps({**read_object(file), **changes}, indent=2) + "\n")
+def _separator_name(file: Path, tokenizer: Tokenizer) -> str:
+    from tokenizers import Tokenizer as Backend
+
+    return str(Backend.from_file(str(file)).id_to_token(tokenizer.separator))
 
 
 def _same_ids(tokenizer: Tokenizer, folder: Path) -> bool:

@@ -107,6 +107,7 @@ def write_sharded(
             writer_of |= dict.fromkeys(names, writers[file])
         for name, tensor in tensors:
             writer_of[name].write(name, tensor)
+            del tensor  # before the next one is made
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
