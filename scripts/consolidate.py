@@ -1,4 +1,4 @@
-"""Write all weights of a run to one safetensors file, under the names of `models/gpt.py`.
+"""Write all weights of a run or checkpoint to one safetensors file, under the names of `models/gpt.py`.
 
 .venv/bin/python scripts/consolidate.py runs/gpt_tiny_zero2/<time> weights.safetensors
 """
@@ -16,9 +16,14 @@ from launch.runtime.failures import one_line_errors
 def main() -> None:
     """Command-line entry point."""
     parser = argparse.ArgumentParser(
-        description="Write one file with the whole weights of a run, from any layout."
+        description="Write one file with the whole weights of a run or checkpoint, of any layout."
     )
-    parser.add_argument("run", type=Path, help="a run folder, or runs/<recipe> for its newest run")
+    parser.add_argument(
+        "run",
+        type=Path,
+        help="a checkpoint; a run folder, for its final weights or its newest checkpoint; or "
+        "runs/<recipe>, for its newest finished run",
+    )
     parser.add_argument("out", type=Path, help="the file to create")
     parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), default="fp32")
     arguments = parser.parse_args()

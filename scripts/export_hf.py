@@ -1,4 +1,4 @@
-"""Write a run's weights as a folder that transformers opens with no code of ours.
+"""Write the weights of a run or checkpoint as a folder that transformers opens with no code of ours.
 
 .venv/bin/python scripts/export_hf.py runs/gpt_tiny_zero2/<time> exported --dtype bf16
 """
@@ -16,10 +16,15 @@ from launch.runtime.failures import one_line_errors
 def main() -> None:
     """Command-line entry point."""
     parser = argparse.ArgumentParser(
-        description="Export a run for AutoModelForCausalLM.from_pretrained: weights as safetensors, "
-        "configuration, tokenizer, and a model card with the recipe and the losses."
+        description="Export a run or a checkpoint for AutoModelForCausalLM.from_pretrained: weights as "
+        "safetensors, configuration, tokenizer, and a model card with the recipe and the losses."
     )
-    parser.add_argument("run", type=Path, help="a run folder, or runs/<recipe> for its newest run")
+    parser.add_argument(
+        "run",
+        type=Path,
+        help="a checkpoint; a run folder, for its final weights or its newest checkpoint; or "
+        "runs/<recipe>, for its newest finished run",
+    )
     parser.add_argument("out", type=Path, help="the folder to create")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights (default: as stored)"

@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.eval_batches",
     "data.cache_dir",
+    "model.init_from",
     # Derived from the recipe and the ranks.
     "deepspeed.train_batch_size",
     "deepspeed.train_micro_batch_size_per_gpu",

@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from launch.checkpoint.held_state import WEIGHT
+from launch.checkpoint.manifest import BUFFERS, MANIFEST, newest_complete
 from launch.checkpoint.safetensors_io import INDEX
+from launch.checkpoint.whole import open_checkpoint
 from launch.config.schema import GPTModel, Recipe
 from launch.errors import UserError
 from launch.hf.config import read_object
 from launch.hf.tensors import Shape, check_shapes, our_shapes
-from launch.runtime.run_dir import newest_finished, read_settings
+from launch.runtime.run_dir import RunDir, newest_finished, read_settings
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,21 +129,54 @@ class Weights:
 
 
 def weights_of(path: Path) -> Weights:
-    """The final weights of a run folder, or of the newest finished run of `runs/<recipe>`.
+    """The weights of a checkpoint, or of a run: its final ones, or its newest checkpoint's.
+
+    `path` may also be `runs/<recipe>`, for its newest finished run.
 
     Raises:
-        UserError: if there are none, or they are not those of the run's model.
+        UserError: if there are none, they are damaged, or not those of the run's model.
     """
-    folder = newest_finished(path)
-    recipe, files = read_settings(folder), WeightFiles(folder)
-    if isinstance(recipe.model, GPTModel):
-        shapes = our_shapes(recipe.model.shape)
-        check_shapes(shapes, files.shapes, str(folder))
-    else:
-        shapes = files.shapes
+    if (path / MANIFEST).is_file():
+        return _of_checkpoint(path, path.absolute().parent.parent)
+    run = newest_finished(path)
+    if not any(run.glob("model*.safetensors")):
+        checkpoint, damaged = newest_complete(RunDir(run))
+        if checkpoint is None:
+            raise UserError(
+                f"{run}: no final weights, and no complete checkpoint "
+                f"({'; '.join(damaged) or 'none was saved'})"
+            )
+        return _of_checkpoint(checkpoint, run)
+    recipe, files = read_settings(run), WeightFiles(run)
+    shapes = _in_model_order(recipe, files.shapes, run)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in shapes:
             yield name, files.read(name)
 
-    return Weights(recipe, folder, shapes, {name: files.dtype(name) for name in shapes}, tensors)
+    return Weights(recipe, run, shapes, {name: files.dtype(name) for name in shapes}, tensors)
+
+
+def _of_checkpoint(checkpoint: Path, run: Path) -> Weights:
+    """Its master weights in fp32, and the buffers of a model of family hf in their own dtypes."""
+    recipe = read_settings(run)
+    _, reader = open_checkpoint(checkpoint)
+    buffers = load_file(checkpoint / BUFFERS) if (checkpoint / BUFFERS).is_file() else {}
+    found = {name: reader.shape(name) for name in reader.tensors}
+    found |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+    shapes = _in_model_order(recipe, found, checkpoint)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in shapes:
+            yield name, buffers[name] if name in buffers else reader.whole(name, WEIGHT)
+
+    dtypes = {name: buffers[name].dtype if name in buffers else torch.float32 for name in shapes}
+    return Weights(recipe, run, shapes, dtypes, tensors)
+
+
+def _in_model_order(recipe: Recipe, found: dict[str, Shape], where: Path) -> dict[str, Shape]:
+    if not isinstance(recipe.model, GPTModel):
+        return found
+    shapes = our_shapes(recipe.model.shape)
+    check_shapes(shapes, found, str(where))
+    return shapes

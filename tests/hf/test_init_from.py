@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from launch.checkpoint.full_weights import full_weights
 from launch.config.load import recipe_from_dict
-from launch.config.schema import Recipe
+from launch.config.schema import GPTModel, Recipe
 from launch.errors import UserError
 from launch.hf.import_model import import_model
+from launch.hf.read_weights import weights_of
 from launch.training.setup import local_engine, plan_run
 from launch.training.train_step import train_step
 from tests.hf.peers import PEERS, peer, saved_peer
 from tests.ranks import RankDiedError, run_ranks
+from tests.resume.layouts import BEFORE, saved, saver
 from tests.resume.runs import train, write_text
 
 VOCAB = 261  # 257 byte tokens, and not divided by any number of ranks
@@ -59,9 +61,10 @@ def recipe_values(folder: Path, name: str, config: str = "zero1", **blocks: Any)
 
 
 def start(values: dict[str, Any], scratch: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """The first loss in the recipe's layout, and the whole weights before it."""
+    """The first loss in the recipe's layout, and the whole weights before it, which are saved too."""
     with local_engine(values, scratch) as local:
         weights = {name: tensor.cpu() for name, tensor in full_weights(local.engine)}
+        saver(local, scratch / "run").save(BEFORE)
         return train_step(local.engine, local.batch(0)).loss, weights
 
 
@@ -72,6 +75,7 @@ def transformers_loss(recipe: Recipe, name: str) -> float:
     """
     batch = plan_run(recipe.on_one_device(), 1).batch(0)
     tokens, labels = (part.reshape(-1, part.shape[-1]) for part in (batch.tokens, batch.labels))
+    assert isinstance(recipe.model, GPTModel)
     with torch.no_grad():
         logits = peer(_values(name))(tokens).logits
     mean = logits.mean(-1, keepdim=True).expand(-1, -1, recipe.model.shape.vocab - VOCAB)
@@ -113,6 +117,11 @@ def test_the_first_loss_is_that_of_the_transformers_model(
     loss, weights = run_ranks(start, ranks, values, tmp_path)[0]
     expected = transformers_loss(recipe_from_dict(values), name)
     assert abs(loss - expected) < BOUND * expected
+    # The checkpoint of this layout, which holds what each rank has, as whole tensors.
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(values))
+    from_checkpoint = dict(weights_of(saved(tmp_path / "run")).tensors())
+    assert list(from_checkpoint) == list(weights)
+    assert all(weights[key].equal(tensor) for key, tensor in from_checkpoint.items())
     files = load_file(imported / name / "model.safetensors")
     assert weights.keys() == files.keys()
     for key, tensor in files.items():
@@ -132,6 +141,7 @@ def test_a_run_that_resumes_needs_the_folder_no_more(imported: Path, tmp_path: P
     with pytest.raises(RankDiedError):
         train(values, kill_after=2, ranks=1)
     shutil.rmtree(tmp_path / "weights")
+    assert len(weights_of(tmp_path / "run").shapes) == 15  # of its newest checkpoint
     train(values, resume="auto", ranks=1)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
 

@@ -237,7 +237,7 @@ def test_a_run_without_final_weights_and_one_of_another_model(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"embedding\.token\.weight is \[257, 64\]"):
         weights_of(run)
     (run / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no model\*\.safetensors here"):
+    with pytest.raises(UserError, match="no final weights, and no complete checkpoint"):
         weights_of(run)
     with pytest.raises(UserError, match="neither a run folder nor"):
         weights_of(tmp_path)
