@@ -16,8 +16,8 @@ from launch.runtime.failures import one_line_errors
 def main() -> None:
     """Command-line entry point."""
     parser = argparse.ArgumentParser(
-        description="Import a GPT-2, Llama, Qwen3 or Mistral model: weights under our names, the "
-        "model block of a recipe (model.yaml) and the tokenizer. Reads only safetensors, and runs "
+        description="Import a GPT-2, GPT-NeoX, Llama, Qwen3 or Mistral model: weights under our names, "
+        "the model block of a recipe (model.yaml) and the tokenizer. Reads only safetensors, and runs "
         "no code that comes with a model."
     )
     parser.add_argument("source", help="a folder, or a name on the Hub")

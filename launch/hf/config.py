@@ -107,14 +107,16 @@ def _config_class(family: Family) -> "type[PreTrainedConfig]":
 
 
 def _exported(family: Family, config: GPTConfig) -> "PreTrainedConfig":
-    given: dict[str, Any] = dict.fromkeys(family.at_least_context)
+    flat: dict[str, Any] = {**dict.fromkeys(family.at_least_context), **dict(family.settings)}
     for ours, theirs in family.fields.items():
-        for key in theirs:
-            block, dot, name = key.rpartition(".")
-            if dot:
-                given.setdefault(block, {"rope_type": "default"})[name] = getattr(config, ours)
-            else:
-                given[key] = getattr(config, ours)
+        flat |= dict.fromkeys(theirs, getattr(config, ours))
+    given: dict[str, Any] = {}
+    for key, value in flat.items():
+        block, dot, name = key.rpartition(".")
+        if dot:
+            given.setdefault(block, {"rope_type": "default"})[name] = value
+        else:
+            given[key] = value
     # Not the ids of the family's own tokenizer; the exported one's are set later.
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
     return _config_class(family)(**given, **ids, architectures=[family.architecture])

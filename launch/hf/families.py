@@ -14,12 +14,14 @@ class Layer:
     """A layer of ours (`{i}`: the block) and those of the family that it is made of, in order.
 
     With several, ours is fused: their output features, one after the other. With `transposed`, the
-    family keeps its one matrix as `[in, out]` (GPT-2's Conv1D), and ours is `[out, in]`.
+    family keeps its one matrix as `[in, out]` (GPT-2's Conv1D), and ours is `[out, in]`. With
+    `by_head`, its rows are each head's query, key and value in turn (GPT-NeoX).
     """
 
     ours: str
     theirs: tuple[str, ...]
     transposed: bool = False
+    by_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Family:
             leads into a block of the configuration.
         fixed: fields of `GPTConfig` that have this value in every model of the family.
         layers: how the tensors correspond.
+        settings: fields of the configuration with which the family computes what ours does.
         at_least_context: fields that change nothing if they are None or at least the context.
         constants: tensors (regular expressions) that old files hold and the model's code computes.
         base_prefix: begins the names of all tensors but the head's; some files leave it out.
+        head: the projection onto the vocabulary, as files name it.
     """
 
     model_type: str
@@ -43,12 +47,12 @@ class Family:
     fields: dict[str, tuple[str, ...]]
     fixed: dict[str, Any]
     layers: tuple[Layer, ...]
+    settings: tuple[tuple[str, Any], ...] = ()
     at_least_context: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     base_prefix: str = "model."
+    head: str = "lm_head.weight"
 
-
-HEAD = "lm_head.weight"
 
 _GPT2_LAYERS = (
     Layer("embedding.token", ("transformer.wte",)),
@@ -78,6 +82,19 @@ _LLAMA_LAYERS = (
 )
 _ROTARY_TABLES = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
+_NEOX_BLOCK = "gpt_neox.layers.{i}"
+_NEOX_LAYERS = (
+    Layer("embedding.token", ("gpt_neox.embed_in",)),
+    Layer("blocks.{i}.attention_norm", (f"{_NEOX_BLOCK}.input_layernorm",)),
+    Layer("blocks.{i}.attention.qkv", (f"{_NEOX_BLOCK}.attention.query_key_value",), by_head=True),
+    Layer("blocks.{i}.attention.out", (f"{_NEOX_BLOCK}.attention.dense",)),
+    Layer("blocks.{i}.mlp_norm", (f"{_NEOX_BLOCK}.post_attention_layernorm",)),
+    Layer("blocks.{i}.mlp.up", (f"{_NEOX_BLOCK}.mlp.dense_h_to_4h",)),
+    Layer("blocks.{i}.mlp.down", (f"{_NEOX_BLOCK}.mlp.dense_4h_to_h",)),
+    Layer("norm", ("gpt_neox.final_layer_norm",)),
+    Layer("output", ("embed_out",)),
+)
+
 _GPT2_FIELDS: dict[str, tuple[str, ...]] = {
     "layers": ("n_layer",),
     "hidden": ("n_embd",),
@@ -104,6 +121,9 @@ _LLAMA_FIELDS: dict[str, tuple[str, ...]] = {
     "tied": ("tie_word_embeddings",),
     "init_std": ("initializer_range",),
 }
+_NEOX_FIELDS: dict[str, tuple[str, ...]] = {
+    name: keys for name, keys in _LLAMA_FIELDS.items() if name not in ("kv_heads", "head_dim")
+} | {"norm_eps": ("layer_norm_eps",), "dropout": ("hidden_dropout", "attention_dropout")}
 _LLAMA_FIXED: dict[str, Any] = {
     "position": "rope",
     "norm": "rmsnorm",
@@ -150,6 +170,24 @@ FAMILIES: dict[str, Family] = {
             _LLAMA_LAYERS,
             at_least_context=("sliding_window",),
             constants=_ROTARY_TABLES,
+        ),
+        # GPT-2 with rotary positions.
+        Family(
+            "gpt_neox",
+            "GPTNeoXForCausalLM",
+            _NEOX_FIELDS,
+            {
+                "position": "rope", "norm": "layernorm", "mlp": "gelu", "bias": True,
+                "qk_norm": False,
+            },
+            _NEOX_LAYERS,
+            settings=(
+                ("hidden_act", "gelu_new"),
+                ("use_parallel_residual", False),
+                ("rope_parameters.partial_rotary_factor", 1.0),
+            ),
+            base_prefix="gpt_neox.",
+            head="embed_out.weight",
         ),
     )
 }  # fmt: skip

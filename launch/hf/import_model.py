@@ -12,7 +12,7 @@ from torch import Tensor
 from launch.checkpoint.safetensors_io import SHARD_BYTES
 from launch.errors import UserError
 from launch.hf.config import from_transformers
-from launch.hf.families import HEAD
+from launch.hf.families import Family
 from launch.hf.model_card import ORIGIN
 from launch.hf.read_weights import WeightFiles
 from launch.hf.tensors import check_shapes, correspondences, names_in_files
@@ -43,8 +43,8 @@ def import_model(source: str, out: Path, shard_bytes: int = SHARD_BYTES) -> str:
     family, config = from_transformers(folder / "config.json")
     files = WeightFiles(folder)
     names = names_in_files(family, files.shapes, str(folder))
-    if config.tied and HEAD in names:
-        _check_tied(files, names, f"{family.layers[0].theirs[0]}.weight", config)
+    if config.tied and family.head in names:
+        _check_tied(files, names, family)
     table = correspondences(family, config)
     expected = {n: shape for each in table for n, shape in each.their_shapes().items()}
     check_shapes(expected, {n: files.shapes[name] for n, name in names.items()}, str(folder))
@@ -86,13 +86,13 @@ def _folder(source: str) -> Path:
     return Path(found)
 
 
-def _check_tied(files: WeightFiles, names: dict[str, str], token: str, config: GPTConfig) -> None:
+def _check_tied(files: WeightFiles, names: dict[str, str], family: Family) -> None:
     """Drop the head from the names if it repeats the embedding.
 
     Raises:
         UserError: if it does not: config.json says that the two are one.
     """
-    head = names.pop(HEAD)
+    head, token = names.pop(family.head), f"{family.layers[0].theirs[0]}.weight"
     if token not in names:
         return
     same = files.shapes[head] == files.shapes[names[token]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from launch.errors import UserError
-from launch.hf.families import HEAD, Family
+from launch.hf.families import Family
 from models.config import GPTConfig
 from models.gpt import GPT
 
@@ -20,7 +20,8 @@ class Correspondence:
     """One of our tensors and those of a family that it is made of.
 
     `rows` are the output features of each of theirs; in ours they lie one after the other along
-    the first dimension. With `transposed`, theirs is `[in, out]`.
+    the first dimension. With `transposed`, theirs is `[in, out]`; with `heads` above 0, its rows
+    are each head's query, key and value in turn.
     """
 
     ours: str
@@ -28,6 +29,7 @@ class Correspondence:
     theirs: tuple[str, ...]
     rows: tuple[int, ...]
     transposed: bool
+    heads: int = 0
 
     def their_shapes(self) -> dict[str, Shape]:
         """The shape of each of the family's tensors."""
@@ -39,6 +41,8 @@ class Correspondence:
 
     def to_theirs(self, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Split one of our tensors into the family's."""
+        if self.heads:
+            ours = ours.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
         for name, part in zip(self.theirs, ours.split(self.rows), strict=True):
             yield name, part.t() if self.transposed else part
 
@@ -46,6 +50,8 @@ class Correspondence:
         """Our tensor, from the family's, which `read` returns by name."""
         first = read(self.theirs[0])
         if len(self.theirs) == 1:
+            if self.heads:
+                return first.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
             return first.t() if self.transposed else first
         whole = torch.empty(self.shape, dtype=first.dtype)
         del first
@@ -78,7 +84,8 @@ def correspondences(family: Family, config: GPTConfig) -> list[Correspondence]:
         theirs = tuple(f"{their.format(i=number)}.{kind}" for their in layer.theirs)
         rows = (shape[0],) if len(theirs) == 1 else fused[layer.ours.removeprefix("blocks.{i}.")]
         transposed = layer.transposed and len(shape) == 2
-        found.append(Correspondence(name, shape, theirs, rows, transposed))
+        heads = config.heads if layer.by_head else 0
+        found.append(Correspondence(name, shape, theirs, rows, transposed, heads))
     return found
 
 
@@ -93,7 +100,11 @@ def names_in_files(family: Family, found: Iterable[str], where: str) -> dict[str
     """
     names: dict[str, str] = {}
     for name in found:
-        full = name if name.startswith((family.base_prefix, HEAD)) else family.base_prefix + name
+        full = (
+            name
+            if name.startswith((family.base_prefix, family.head))
+            else family.base_prefix + name
+        )
         if any(re.fullmatch(constant, full) for constant in family.constants):
             continue
         if full in names:

@@ -20,7 +20,17 @@ GPT2: dict[str, Any] = {
     "model_type": "gpt2", "vocab_size": 97, "n_positions": 32, "n_embd": 48, "n_layer": 2,
     "n_head": 4,
 }  # fmt: skip
+NEOX: dict[str, Any] = {
+    "model_type": "gpt_neox", "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2,
+    "intermediate_size": 80, "num_attention_heads": 4, "max_position_embeddings": 32,
+    "hidden_act": "gelu_new", "use_parallel_residual": False,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 1.0,
+    },
+}  # fmt: skip
 PEERS: dict[str, dict[str, Any]] = {
+    "gpt_neox": NEOX,
+    "gpt_neox, tied": NEOX | {"tie_word_embeddings": True},
     "gpt2": GPT2,
     "gpt2, untied, narrow MLP": GPT2 | {"tie_word_embeddings": False, "n_inner": 80},
     "llama": LLAMA,

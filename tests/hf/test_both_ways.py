@@ -83,9 +83,11 @@ for folder in sys.argv[1:]:
 """
 
 
-def our_run(folder: Path, size: str) -> tuple[Path, Tensor]:
+def our_run(folder: Path, size: str, position: str) -> tuple[Path, Tensor]:
     """A finished run of a model of ours with random biases and norms; and its logits."""
-    values = {"size": size, "layers": 2, "hidden": 64, "vocab": 301, "context": 64}
+    values = {
+        "size": size, "position": position, "layers": 2, "hidden": 64, "vocab": 301, "context": 64,
+    }  # fmt: skip
     torch.manual_seed(1)
     model = GPT(GPTModel.model_validate(values).shape).eval()
     with torch.no_grad():
@@ -97,11 +99,12 @@ def our_run(folder: Path, size: str) -> tuple[Path, Tensor]:
 
 
 def test_a_process_without_our_code_opens_the_folders(tmp_path: Path) -> None:
-    """Both decoders of ours, in several files."""
+    """Decoders of ours, among them that of the tiny recipes, in several files."""
     folders, expected = [], []
-    for size in ("tiny", "tiny_llama"):
-        run, logits_of_ours = our_run(tmp_path / "runs" / size, size)
-        folders.append(tmp_path / size)
+    for size, position in (("tiny", "learned"), ("tiny", "rope"), ("tiny_llama", "rope")):
+        name = f"{size}_{position}"
+        run, logits_of_ours = our_run(tmp_path / "runs" / name, size, position)
+        folders.append(tmp_path / name)
         expected.append(logits_of_ours)
         export(weights_of(run), folders[-1], license_id="apache-2.0", shard_bytes=100_000)
         assert len(list(folders[-1].glob("model-*.safetensors"))) > 2

@@ -28,7 +28,7 @@ from tests.hf.runs import finished_run
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small model of each `model_type`."""
     folder = tmp_path_factory.mktemp("saved")
-    for name in ("gpt2", "llama", "qwen3, tied", "mistral"):
+    for name in ("gpt2", "llama", "qwen3, tied", "mistral", "gpt_neox"):
         saved_peer(PEERS[name], folder / name.split(",")[0])
     return folder
 
@@ -65,7 +65,10 @@ FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "unscaled scores": ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
     "relu": ("gpt2", {"activation_function": "relu"}, "activation_function"),
     "dropouts that differ": ("gpt2", {"attn_pdrop": 0.0}, "embd_pdrop|attn_pdrop"),
-    "another model": ("gpt2", {"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not one"),
+    "another model": ("gpt2", {"model_type": "bloom"}, "model_type 'bloom' is not one"),
+    "parallel residual": (
+        "gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual is True",
+    ),
 }  # fmt: skip
 
 
@@ -213,6 +216,7 @@ SMALL: dict[str, Any] = {"layers": 1, "hidden": 32, "heads": 2, "vocab": 257, "c
     ("changes", "options", "named"),
     [
         ({"bias": False}, {}, "gpt2: bias is False; llama: position is learned"),
+        ({"position": "rope", "kv_heads": 1}, {}, "gpt_neox: kv_heads is 1"),
         ({"qk_norm": True}, {}, "gpt2: qk_norm is True"),
         ({"head_dim": 8}, {}, "gpt2: head_dim is 8"),
         ({"kv_heads": 1}, {}, "gpt2: kv_heads is 1"),
