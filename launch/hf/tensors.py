@@ -51,7 +51,8 @@ class Correspondence:
         first = read(self.theirs[0])
         if len(self.theirs) == 1:
             if self.heads:
-                return first.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+                by_part: Tensor = first.unflatten(0, (self.heads, 3, -1)).transpose(0, 1)
+                return by_part.flatten(0, 2)
             return first.t() if self.transposed else first
         whole = torch.empty(self.shape, dtype=first.dtype)
         del first
