@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from launch.ops.builder import build_ops, use_private_cache
+from launch.runtime.fork_server import PRELOAD
 
 CPU_OPS = ("cpu_adam", "async_io")
 MARK = "TEST_SESSION"  # inherited by whatever a test starts, however far from us it ends up
@@ -36,6 +37,12 @@ for name in (
 # Launchers leave folders behind, and so does whatever a test kills: theirs goes with this one.
 os.environ["TMPDIR"] = str(Path(_caches.name, "tmp"))
 Path(os.environ["TMPDIR"]).mkdir()
+
+# What many tests' ranks would import each for itself: a quarter of what a small run takes.
+PRELOAD += (
+    "pytest", "tests.parity.faults.bench", "launch.train", "datasets", "numpy.ma",
+    "matplotlib.figure", "matplotlib.ticker", "matplotlib.backends.backend_agg",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
