@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cluster.backend import MODULES, SHARED_DISK, backend_of
-from launch.cluster.job import Job, make_job, notes, write_files
+from launch.cluster.job import Job, check_config, make_job, notes, write_files
 from launch.cluster.job_store import Record, find, records, remember
 from launch.cluster.monitor import errors, follow, progress
 from launch.cluster.site import load_site
@@ -100,12 +100,15 @@ def submit(given: argparse.Namespace) -> int:
     )  # fmt: skip
     backend = backend_of(given.cluster)
     files = backend.files(job)
+    # The slowest check comes last: a host that is off is told at once.
     if given.dry_run:
+        check_config(job)
         for name, text in {**files, job.config.name: job.recipe_yaml}.items():
             say(f"##### {job.folder / name}\n{text}")
     else:
         refuse_a_second_job(job)
         backend.check(job)
+        check_config(job)
         write_files(job, files)
         identifier, details = backend.submit(job)
         record = remember(job, identifier, details)

@@ -21,7 +21,7 @@ def representatives(
     """The cases for `parametrize`; those that no kind needs carry the mark `matrix`.
 
     A greedy choice: next comes the case that brings the most new kinds for what it costs, and the
-    first of equal ones.
+    first of equal ones. Then those are left out, the dearest first, whose kinds others have by now.
 
     Args:
         cases: values, or `pytest.param` of several.
@@ -37,6 +37,9 @@ def representatives(
         best = max(range(len(sets)), key=lambda i: len(of[i] & missing) / costs[i])
         chosen.add(best)
         missing -= of[best]
+    for i in sorted(chosen, key=lambda i: -costs[i]):
+        if of[i] <= set().union(*(of[other] for other in chosen - {i})):
+            chosen.remove(i)
     return [
         each if i in chosen else each._replace(marks=[*each.marks, pytest.mark.matrix])
         for i, each in enumerate(sets)

@@ -119,14 +119,13 @@ def make_job(
             their own volume, and the job's files stay here.
 
     Raises:
-        UserError: for numbers below one, and for errors in the recipe, layout or DeepSpeed config.
+        UserError: for numbers below one, and for errors in the recipe or layout.
     """
     for flag, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if value < 1:
             raise UserError(f"{flag}: {value} is too few; use 1 or more")
     recipe = load_recipe(recipe_file, overrides)
     layout = plan_layout(recipe, nodes * gpus_per_node)
-    resolve(recipe, layout)
     here = ROOT / "runs"
     runs = Path(site.runs).expanduser().absolute() if site.runs else here
     if not shared_disk:
@@ -141,6 +140,15 @@ def make_job(
     OmegaConf.update(values, "run.dir", str(run).replace("${", "\\${"), force_add=True)
     text = f"# {recipe_file} as it was submitted, with its overrides.\n{OmegaConf.to_yaml(values)}"
     return Job(cluster, recipe, text, layout, nodes, gpus_per_node, site, run, folder)
+
+
+def check_config(job: Job) -> None:
+    """Check the job's DeepSpeed config as a rank would. It loads DeepSpeed, which takes seconds.
+
+    Raises:
+        UserError: for errors in the config.
+    """
+    resolve(job.recipe, job.layout)
 
 
 def _mount(cluster: str, site: Site) -> str:

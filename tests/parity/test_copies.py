@@ -94,7 +94,9 @@ CASES = [
 @pytest.mark.parametrize(
     ("kind", "precision"),
     representatives(
-        CASES, lambda kind, precision: {*axes_of(KINDS[kind]), precision} - {KINDS[kind].stem}
+        CASES,
+        lambda kind, precision: {*axes_of(KINDS[kind]), precision} - {KINDS[kind].stem},
+        cost=lambda kind, precision: KINDS[kind].ranks,
     ),
 )
 def test_copies_are_equal_to_the_bit(kind: str, precision: str, bench: Workbench) -> None:

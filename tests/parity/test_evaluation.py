@@ -111,7 +111,12 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "kind", representatives(CASES, lambda kind: axes_of(CASES[kind]) - {CASES[kind].stem})
+    "kind",
+    representatives(
+        CASES,
+        lambda kind: axes_of(CASES[kind]) - {CASES[kind].stem},
+        cost=lambda kind: CASES[kind].ranks,
+    ),
 )
 def test_evaluation_is_that_of_one_device_and_leaves_no_trace(kind: str, bench: Workbench) -> None:
     case: Case = CASES[kind]

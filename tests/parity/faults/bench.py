@@ -16,7 +16,7 @@ from launch.parity.compare import compare, key_biases, tolerances_of
 from launch.parity.places import Place, differences
 from launch.parity.run import TrainingRecord, plan_reference, run_layout, run_reference
 from tests.parity.cases import EPS_KEY
-from tests.parity.faults.seeded import Fault, Seeded
+from tests.parity.faults.seeded import WEIGHTS, Fault, Seeded
 from tests.parity.kinds import axes_of
 from tests.parity.planting import first_seen
 from tests.ranks import run_ranks
@@ -24,11 +24,11 @@ from tests.selection import representatives
 
 
 def recorded_layout(
-    fault: Fault, values: dict[str, Any], scratch: Path, uneven: bool, record_to: Path
+    fault: Fault, values: dict[str, Any], scratch: Path, uneven: bool, record_to: Path, steps: int | None
 ) -> TrainingRecord:
     """Run in each rank: plant the fault, then be a rank like any other."""
     fault()
-    return run_layout(values, scratch, uneven, record_to)
+    return run_layout(values, scratch, uneven, record_to, steps)
 
 
 def no_fault() -> None:
@@ -76,17 +76,20 @@ class FaultBench:
         self._references: dict[str, Any] = {}
 
     def run(self, seeded: Seeded) -> tuple[list[str], list[Place]]:
-        """What parity sees, first of all first; and the places at which the first step differs."""
+        """What parity sees, first of all first; and the places at which the first step differs.
+
+        It runs no further than the step at which the fault has to be seen.
+        """
         from launch.parity.layout_recorder import load_recording
 
         case = seeded.case
         recipe = case.recipe(self.folder, {EPS_KEY: EPS, **(seeded.changes or {})})
         values = recipe.model_dump()
-        reference, recorder, ds_config = self._reference(values, case.uneven_weights)
+        reference, recorder, ds_config = self._reference(values, case.uneven_weights, seeded.steps)
         with TemporaryDirectory(dir=self.folder) as folder:
             layout = run_ranks(
                 recorded_layout, case.ranks, seeded.fault, values,
-                self.folder / "swap", case.uneven_weights, Path(folder),
+                self.folder / "swap", case.uneven_weights, Path(folder), seeded.steps,
             )[0]  # fmt: skip
             ranks = {rank: load_recording(Path(folder), rank) for rank in range(case.ranks)}
         limits, free_rows = tolerances_of(recipe, ds_config), key_biases(recipe)
@@ -94,17 +97,17 @@ class FaultBench:
         return seen, differences(recorder.recording, ranks, limits, free_rows)
 
     def run_sound(self, seeded: Seeded) -> tuple[list[str], list[Place]]:
-        """The same without the fault."""
-        return self.run(replace(seeded, fault=no_fault))
+        """The same without the fault, in all steps."""
+        return self.run(replace(seeded, fault=no_fault, seen=WEIGHTS))
 
-    def _reference(self, values: dict[str, Any], uneven: bool) -> Any:
+    def _reference(self, values: dict[str, Any], uneven: bool, steps: int | None) -> Any:
         from launch.parity.recorder import Recorder
 
         values = {**values, "model": {**values["model"], "checkpoint_activations": False}}
         plan = plan_reference(recipe_from_dict(values), uneven=uneven)
         parts = [values[key] for key in ("model", "data", "train")]
-        key = repr([parts, uneven, plan.ds_config])
+        key = repr([parts, uneven, plan.ds_config, steps])
         if key not in self._references:
             recorder = Recorder()
-            self._references[key] = run_reference(plan, recorder), recorder, plan.ds_config
+            self._references[key] = run_reference(plan, recorder, steps), recorder, plan.ds_config
         return self._references[key]

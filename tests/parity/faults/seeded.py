@@ -1,5 +1,6 @@
 """What a seeded fault is: how it is planted, where parity sees it first, and where it is."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,12 @@ class Seeded:
     refused: bool = False
     missed: str = ""
     more: tuple[tuple[Case, str], ...] = field(default=())
+
+    @property
+    def steps(self) -> int | None:
+        """How many show it; None: all, as it is seen in the last weights."""
+        seen = re.search(r"at step (\d+)$", self.seen)
+        return max(self.step, int(seen[1])) if seen else None
 
     @property
     def id(self) -> str:
