@@ -208,10 +208,10 @@ def wait_for_nothing_left(cluster: Cluster, seconds: float = ENDS_WITHIN_SECONDS
     wait_until(empty, seconds, "every process of the job has ended")
 
 
-def train_on_one_host(values: dict[str, Any], run: Path) -> Path:
+def train_on_one_host(values: dict[str, Any], run: Path, ranks: int = RANKS) -> Path:
     """The same recipe on as many ranks of this machine, never interrupted; its run folder."""
     here = {**values, "name": "whole", "run": {**values["run"], "dir": str(run)}}
-    run_ranks(_train, RANKS, here, timeout=1000)
+    run_ranks(_train, ranks, here, timeout=1000)
     return run
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,55 +55,35 @@ def test_a_slow_link_is_measured(cluster: Cluster) -> None:
     assert slow < 0.05 and slow < fast
 
 
-def test_hosts_that_cannot_take_part_are_failing_lines(cluster: Cluster, tmp_path: Path) -> None:
+def test_hosts_that_cannot_take_part_are_failing_lines(cluster: Cluster) -> None:
     first, second = cluster.hosts
-    code, lines = doctor(cluster, first, "nowhere", "10.77.0.99")
+    hosts_file = cluster.folder / "hosts-with-loopback"
+    hosts_file.write_text(f"127.0.0.1 localhost\n127.0.1.1 {first}\n10.77.0.2 {second}\n")
+    loopback = cluster.replace(first, "/etc/hosts", hosts_file)
+    with loopback, cluster.hide(second, ROOT / "launch"):
+        code, lines = doctor(cluster, first, "nowhere", "10.77.0.99", second)
     assert code == 1
     found = failing(lines)
     assert any(line.startswith("nowhere: nobody knows this name") for line in found)
     assert any(line.startswith("10.77.0.99: ") for line in found)
+    assert f"{second}: no checkout here" in found
+    assert any(line.startswith(first) and "resolves to 127.0.1.1" in line for line in found)
     assert all(line["remedy"] for line in lines if line["status"] != "ok")
 
-    with cluster.hide(second, ROOT / "launch"):
-        code, lines = doctor(cluster)
-    assert code == 1
-    assert f"{second}: no checkout here" in failing(lines)
 
-    hosts_file = tmp_path / "hosts"
-    hosts_file.write_text(f"127.0.0.1 localhost\n127.0.1.1 {second}\n10.77.0.1 {first}\n")
-    with cluster.replace(second, "/etc/hosts", hosts_file_on(cluster, hosts_file)):
-        code, lines = doctor(cluster)
-    assert code == 1
-    assert any("resolves to 127.0.1.1" in line for line in failing(lines))
-
-
-def hosts_file_on(cluster: Cluster, file: Path) -> Path:
-    shared = cluster.folder / "hosts-with-loopback"
-    shared.write_text(file.read_text())
-    return shared
-
-
-def test_an_unknown_host_key_is_told_with_the_command_that_adds_it(cluster: Cluster) -> None:
-    second = cluster.hosts[1]
-    with unknown_key(cluster, second):
-        code, lines = doctor(cluster)
-    assert code == 1
-    assert f"{second}: its host key is unknown" in failing(lines)
-    (line,) = [line for line in lines if line["where"] == second]
-    assert f"ssh-keyscan {second}" in line["remedy"]
-
-
-def test_a_lock_that_a_killed_build_left_on_one_host_is_told(cluster: Cluster) -> None:
-    second = cluster.hosts[1]
+def test_an_unknown_key_of_one_host_and_a_killed_build_s_lock_on_another(cluster: Cluster) -> None:
+    first, second = cluster.hosts
     cache, planted = use_private_cache(), cluster.folder / "cache-with-lock"
     lock = "cpu_adam/lock"
     (planted / lock).parent.mkdir(parents=True)
     (planted / lock).touch()
     cache.mkdir(parents=True, exist_ok=True)
-    with cluster.replace(second, cache, planted):
+    with cluster.replace(first, cache, planted), unknown_key(cluster, second):
         code, lines = doctor(cluster)
     assert code == 1
-    (line,) = [line for line in lines if line["status"] == "FAIL"]
-    assert line["where"] == second
+    assert f"{second}: its host key is unknown" in failing(lines)
+    (line,) = [line for line in lines if line["where"] == second]
+    assert f"ssh-keyscan {second}" in line["remedy"]
+    (line,) = [line for line in lines if line["where"] == first and line["status"] == "FAIL"]
     assert f"{cache}/{lock} is left from a build that was killed" in line["what"]
     assert line["remedy"].startswith(f"run: rm {cache}/{lock}")

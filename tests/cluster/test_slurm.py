@@ -60,24 +60,25 @@ def neighbour(cluster: Cluster) -> Iterator[None]:
 PROMPT = "run.sample_prompt=" + write_inline(AWKWARD.replace("${", "\\${"))
 
 
-def check_start(cluster: Cluster) -> None:
-    """Wait for two ranks on each node; they have the site's environment and GPUs 2 and 3."""
+def check_start(cluster: Cluster, gpus: str) -> None:
+    """Wait for a rank for each of these GPUs on each node; they have the site's environment."""
+    count = len(gpus.split(","))
 
     def started() -> bool:
-        return all(len(training(cluster, host)) == 2 for host in cluster.hosts)
+        return all(len(training(cluster, host)) == count for host in cluster.hosts)
 
-    wait_until(started, 90, "two ranks on each node")
+    wait_until(started, 90, f"{count} ranks on each node")
     for number, host in enumerate(cluster.hosts):
         ranks = training(cluster, host)
-        assert sorted(ranks) == [2 * number, 2 * number + 1]
+        assert sorted(ranks) == [*range(count * number, count * (number + 1))]
         for process in ranks.values():
             assert process.environ()["NOTE"] == AWKWARD
-            assert process.environ()["CUDA_VISIBLE_DEVICES"] == "2,3"
+            assert process.environ()["CUDA_VISIBLE_DEVICES"] == gpus
 
 
-def check_end(cluster: Cluster, job: Submitted, starts: int = 1) -> None:
+def check_end(cluster: Cluster, job: Submitted, ranks: int, starts: int = 1) -> None:
     """Each rank has written a log a start, each node its own, and the prompt has arrived."""
-    assert job.ranks_with_logs == sorted([0, 1, 2, 3] * starts)
+    assert job.ranks_with_logs == sorted([*range(ranks)] * starts)
     assert yaml.safe_load((job.run / "recipe.yaml").read_text())["run"]["sample_prompt"] == AWKWARD
     for host in cluster.hosts:
         assert f"{host}" in (job.run / f"job/slurm-{job.id}.log").read_text()
@@ -94,20 +95,20 @@ def test_two_nodes_train_what_one_host_trains(
     place = site(cluster, layout, slurm={"partition": "gpu"}, environment={"NOTE": AWKWARD})
     with neighbour(cluster):
         job = submit(cluster, "slurm", file, place, "--set", PROMPT)
-        check_start(cluster)
+        check_start(cluster, "2,3")
         followed = care(cluster, "status", "--follow", str(job.run))
     assert followed.code == 0, followed.output
     assert "step 6/6" in followed.output
 
     whole = train_on_one_host(values, tmp_path / "whole")
     assert losses(job.run) == pytest.approx(losses(whole), rel=1e-6)
-    check_end(cluster, job)
+    check_end(cluster, job, ranks=4)
 
 
 def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    values = recipe_values(cluster, steps=100, checkpoint={"every": 0})
+    values = recipe_values(cluster, steps=70, checkpoint={"every": 0})
     file = write_yaml(cluster.folder / "slurm_limit.yaml", values)
     # The signal comes a minute after the start, or up to 30 s earlier; a slow machine then has 19
     # minutes to save.
@@ -117,8 +118,8 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     # On a slow link, where a step takes about a second, no machine has done all by then.
     with neighbour(cluster):
         with cluster.limit("2mbit"):
-            job = submit(cluster, "slurm", file, place, "--set", PROMPT)
-            check_start(cluster)
+            job = submit(cluster, "slurm", file, place, "--set", PROMPT, gpus=1)
+            check_start(cluster, "2")
             wait_until(lambda: (job.run / "checkpoints").is_dir(), 150, "the run saves")
         # Once is enough: on a slow machine, each further start would get no further than a step.
         longer = cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=600"])
@@ -131,10 +132,10 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_to_the_same_end(
     first = "".join(log.read_text() for log in job.logs if log.stem.endswith("rank0"))
     assert "stopped on request after step" in first
     assert "resuming after step" in first
-    whole = train_on_one_host(values, tmp_path / "whole")
+    whole = train_on_one_host(values, tmp_path / "whole", ranks=2)
     name = "model.safetensors"
     assert (job.run / name).read_bytes() == (whole / name).read_bytes()
-    check_end(cluster, job, starts=2)
+    check_end(cluster, job, ranks=2, starts=2)
 
 
 @pytest.mark.matrix  # what srun tells each rank: tests/unit/test_rank_env.py
