@@ -17,6 +17,8 @@ from launch.runtime.fork_server import PRELOAD
 CPU_OPS = ("cpu_adam", "async_io")
 MARK = "TEST_SESSION"  # inherited by whatever a test starts, however far from us it ends up
 SECONDS_TO_END = 60.0
+# How long a test of these folders takes, roughly, beside one of another.
+LONGER = {"resume": 10, "parity": 3, "cli": 3}
 
 # Set before torch or deepspeed is imported anywhere. `make test-gpu` sets DS_ACCELERATOR=cuda; all
 # other tests run on the CPU, also on a machine with GPUs.
@@ -51,13 +53,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     `make test` builds those meanwhile. Of the others the largest come first: a worker takes a file at
     a time, and a long one at the end would leave the others idle.
     """
+
+    def size(file: Path) -> int:
+        return tests[file] * LONGER.get(file.parent.name, 1)
+
     tests = Counter(item.path for item in items)
     late = {item.path for item in items if "built_ops" in getattr(item, "fixturenames", ())}
     items.sort(
         key=lambda item: (
             item.path in late,
             "cluster" not in item.path.parts,
-            -tests[item.path],
+            -size(item.path),
             item.path,
         )
     )

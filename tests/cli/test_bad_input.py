@@ -232,5 +232,6 @@ def test_ranks_that_do_not_divide_the_batch_are_rejected_once(recipe: Path) -> N
     rejected(ended, "train.global_batch_size", "7", "2")
 
 
-def test_what_every_rank_finds_is_told_once(recipe: Path) -> None:
-    rejected(train(recipe, "data.tokenizer=/nowhere", ranks=2), "data.tokenizer", "/nowhere")
+@pytest.mark.parametrize("start", [train_forked, pytest.param(train, marks=pytest.mark.matrix)])
+def test_what_every_rank_finds_is_told_once(start: Callable[..., Ended], recipe: Path) -> None:
+    rejected(start(recipe, "data.tokenizer=/nowhere", ranks=2), "data.tokenizer", "/nowhere")

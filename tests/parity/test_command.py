@@ -31,18 +31,32 @@ def run(*given: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "weights", [pytest.param((), marks=pytest.mark.matrix), ("--uneven-loss-weights",)]
-)
-def test_two_ranks_agree_with_one_device(tmp_path: Path, weights: tuple[str, ...]) -> None:
-    done = run(*arguments(tmp_path), "--ranks", "2", "--bisect", *weights)
-    assert done.returncode == 0, done.stderr
-    assert "parity holds" in done.stdout
-    assert "bisect" not in done.stdout
-    rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
+def check_that_parity_holds(printed: str, folder: Path) -> None:
+    assert "parity holds" in printed
+    assert "bisect" not in printed
+    rows = [line for line in printed.splitlines() if line.startswith("│")]
     assert sum("grad norm" in row and "step" in row for row in rows) >= 2
     assert "the worst" in rows[-1]
-    assert (tmp_path / "out" / "parity.png").stat().st_size > 10_000
+    assert (folder / "out" / "parity.png").stat().st_size > 10_000
+
+
+def test_two_ranks_agree_with_one_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("scripts.parity.run_local_ranks", forked_local_ranks)
+    given = [*arguments(tmp_path), "--ranks", "2", "--bisect", "--uneven-loss-weights"]
+    assert command.main(given) == 0
+    check_that_parity_holds(capsys.readouterr().out, tmp_path)
+
+
+@pytest.mark.matrix  # how it starts its ranks: tests/unit/test_local_launcher.py
+@pytest.mark.parametrize("weights", [(), ("--uneven-loss-weights",)])
+def test_two_ranks_started_anew_agree_with_one_device(
+    tmp_path: Path, weights: tuple[str, ...]
+) -> None:
+    done = run(*arguments(tmp_path), "--ranks", "2", "--bisect", *weights)
+    assert done.returncode == 0, done.stderr
+    check_that_parity_holds(done.stdout, tmp_path)
 
 
 def faulty_write_layout_record(values: dict[str, object], file: Path, uneven: bool) -> None:

@@ -24,7 +24,12 @@ from tests.selection import representatives
 
 
 def recorded_layout(
-    fault: Fault, values: dict[str, Any], scratch: Path, uneven: bool, record_to: Path, steps: int | None
+    fault: Fault,
+    values: dict[str, Any],
+    scratch: Path,
+    uneven: bool,
+    record_to: Path,
+    steps: int | None,
 ) -> TrainingRecord:
     """Run in each rank: plant the fault, then be a rank like any other."""
     fault()
