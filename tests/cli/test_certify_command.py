@@ -15,7 +15,7 @@ from launch.certify.run import Devices, Outcome, run_all
 from launch.errors import UserError
 from launch.paths import ROOT
 from scripts import certify as command
-from tests.cli.commands import run, run_forked
+from tests.cli.commands import run
 
 ARRAY = array.load()
 ALONE = next(
@@ -30,24 +30,36 @@ def arguments(**given: Any) -> argparse.Namespace:
     return argparse.Namespace(**{"core": False, "only": None, **given})
 
 
-def test_it_runs_what_is_asked_for_and_once(tmp_path: Path) -> None:
-    out = tmp_path / "results.jsonl"
+def words(out: Path) -> list[str]:
     only = " ".join(f"{axis}={show(value)}" for axis, value in ALONE.items())
-    certify: list[str | Path] = [sys.executable, ROOT / "scripts/certify.py", "--only", only]
-    certify += ["--jobs", "2", "--out", out]
-    done = run(certify)
+    return ["--only", only, "--jobs", "2", "--out", str(out)]
+
+
+def test_it_runs_what_is_asked_for_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "warnoptions", [*sys.warnoptions])  # the command adds to them
+    out = tmp_path / "results.jsonl"
+    assert command.main(words(out)) == 0
     found = results.read(out)
     assert [each["composition"] for each in found] == [name(ALONE)]
-    assert done.code == 0, done.output
     assert found[0]["status"] == "holds"
     assert 0 < found[0]["share"] < 1
     assert found[0]["values"] == ALONE
     assert found[0]["versions"].keys() == VERSIONS.keys()
     assert found[0]["versions"]["device"] == "CPU"
-    again = run_forked(certify[1:])
-    assert again.code == 0, again.output
-    assert f"0 compositions to run, 1 in {out} already" in again.output
+    capsys.readouterr()
+    assert command.main(words(out)) == 0
+    assert f"0 compositions to run, 1 in {out} already" in capsys.readouterr().out
     assert results.read(out) == found
+
+
+@pytest.mark.matrix  # with ranks of this session's server: the test above
+def test_it_runs_as_a_process_with_a_server_of_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    done = run([sys.executable, ROOT / "scripts/certify.py", *words(out)])
+    assert done.code == 0, done.output
+    assert [each["status"] for each in results.read(out)] == ["holds"]
 
 
 def test_what_names_no_composition_or_no_jobs_is_a_mistake(tmp_path: Path) -> None:
