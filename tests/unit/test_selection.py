@@ -43,6 +43,11 @@ def test_a_case_without_a_kind_of_its_own_is_left_out() -> None:
     assert left == {"ab": [], "ac": [MATRIX], "b": [MATRIX], "bcd": []}
 
 
+def test_a_case_whose_kinds_others_have_by_the_end_is_left_out() -> None:
+    cases = representatives(["bc", "ab", "cd"], set)
+    assert [case.values[0] for case in cases if not case.marks] == ["ab", "cd"]
+
+
 def test_every_tiny_recipe_is_trained_and_compared() -> None:
     trained = {file.stem.removeprefix("gpt_tiny_") for file in firsts(FILE_TEST)}
     assert trained >= TINY
