@@ -135,6 +135,29 @@ def check_causal(model: PreTrainedModel) -> None:
         )
 
 
+@torch.no_grad()
+def check_documents(model: PreTrainedModel) -> None:
+    """Check that positions that restart keep the tokens before them out of sight, on two texts of 4.
+
+    Raises:
+        ValueError: if they do not: of some architectures, transformers has no mask for it.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    tokens = torch.arange(8, 16, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(8, device=device)[None] % 4
+    packed = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, 4:]
+    alone = model(input_ids=tokens[:, 4:], use_cache=False).logits
+    model.train(was_training)
+    apart = float((packed.float() - alone.float()).abs().max())
+    if apart > SAME_LOGITS * float(alone.float().std()):
+        raise ValueError(
+            f"{type(model).__name__} does not keep documents apart: it sees the one before through "
+            "positions that restart, as data.document_mask and data.format=chat need it; use another model"
+        )
+
+
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """A model in fp32 with initial weights drawn by its own code from torch's global generator."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype="float32")

@@ -49,7 +49,7 @@ def generate(arguments: argparse.Namespace) -> str:
     from launch.training.build_model import build_model
     from launch.training.sampling import sample
 
-    recipe = read_settings(folder).without_init_from()
+    recipe = read_settings(folder).without_init_from().with_adapters_merged()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     model = build_model(recipe, torch.bfloat16 if gpu else torch.float32, device)

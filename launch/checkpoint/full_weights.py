@@ -11,6 +11,7 @@ from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -67,6 +68,9 @@ def held_weights(engine: DeepSpeedEngine) -> dict[str, Callable[[], Tensor]]:
         master = masters.get(id(parameter))
         if master is None:
             master = safe_get_full_fp32_param(parameter)
+        if master is None and hasattr(parameter, "ds_id"):  # frozen: ZeRO-3 keeps no master
+            with GatheredParameters([parameter]):
+                return parameter.detach().float().clone()
         return (parameter if master is None else master).detach().float()
 
     return {

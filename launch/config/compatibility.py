@@ -103,10 +103,24 @@ def _check_hf(recipe: "Recipe") -> None:
             "parallel.sequence: DeepSpeed's AutoTP, which shards models of family hf, leaves the sequence "
             "whole; take the key out"
         )
+    if getattr(recipe.model, "lora", None) is not None:
+        _check_lora(recipe)
     if parallel.tensor > 1 and recipe.train.compile:
         raise UserError(
             "train.compile: the collectives of DeepSpeed's AutoTP, which shards models of family hf, are "
             "not checked in compiled code; use train.compile=false, or parallel.tensor=1"
+        )
+
+
+def _check_lora(recipe: "Recipe") -> None:
+    if recipe.parallel.tensor > 1:
+        raise UserError(
+            "model.lora: nothing checks adapters of layers that DeepSpeed's AutoTP has sharded; use "
+            "parallel.tensor=1 with a ds_configs/zero3*.json, which shards any model over the ranks"
+        )
+    if recipe.train.compile:
+        raise UserError(
+            "train.compile: nothing checks adapters (model.lora) in compiled code; use train.compile=false"
         )
 
 

@@ -6,7 +6,8 @@ it names sets precision, ZeRO, offload, optimizer and clipping; keys under `deep
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -131,7 +132,9 @@ def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
         elif part == "hf":
             block = HFModel
         elif part != "gpt":
-            annotation = block.model_fields[str(part)].annotation
+            annotation: Any = block.model_fields[str(part)].annotation
+            kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+            annotation = kinds[0] if kinds else annotation  # of a block that may be left out
             assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
             block = annotation
     return [name for name in block.model_fields if name != "name"]

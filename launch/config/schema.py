@@ -71,11 +71,25 @@ class GPTModel(_Shape):
             raise UserError(f"model: {error}") from None
 
 
+class Lora(_Block):
+    """Train low-rank adapters (arXiv:2106.09685) beside frozen weights; see `launch/training/lora.py`.
+
+    A linear layer's output `W x` becomes `W x + alpha / rank * B A x`. `targets` are the last parts
+    of the layers' names, such as q_proj, or all-linear: every linear layer but the output.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
 class HFModel(_Block):
     """Any causal language model from transformers, on the same engine.
 
     `path` is a folder or Hub name with a config.json (weights are loaded if `pretrained`), or a
     config.json itself. `changes` overrides values of that config, for example to shrink the model.
+    With `lora`, only adapters are trained.
     """
 
     family: Literal["hf"]
@@ -83,25 +97,43 @@ class HFModel(_Block):
     pretrained: bool = False
     changes: dict[str, Any] = {}
     checkpoint_activations: bool = False
+    lora: Lora | None = None
 
 
 class Data(_Block):
-    """The text source and how it is tokenised; see `launch/data/prepare.py`.
+    """The source and how it is tokenised; see `launch/data/prepare.py`.
 
     With `document_mask`, tokens attend only within their own document, and positions count from its
     start (arXiv:2407.21783, section 3.2); without it, a row is treated as one text.
+
+    With `format: chat`, a row of the source has a conversation in `messages_field`, and only the
+    assistant's answers count towards the loss; see `launch/data/chat.py`. `chat_template` is a file
+    that takes the place of the tokenizer's own template.
     """
 
     source: str | list[str] = "python-stdlib"
     subset: str | None = None
     split: str = "train"
+    format: Literal["text", "chat"] = "text"
     text_field: str = "text"
+    messages_field: str = "messages"
+    chat_template: str | None = None
     streaming: bool = False
     tokenizer: str = "bytes"
     sequence_length: PositiveInt
     document_mask: bool = False
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
     cache_dir: str | None = None
+
+    @property
+    def column_key(self) -> str:
+        """The key of this block that names the column to read."""
+        return "messages_field" if self.format == "chat" else "text_field"
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether a row of a batch holds documents that attention keeps apart; conversations always."""
+        return self.document_mask or self.format == "chat"
 
 
 class Parallel(_Block):
@@ -196,6 +228,12 @@ class Recipe(_Block):
         if isinstance(values, dict) and isinstance(values.get("model"), dict):
             values["model"].setdefault("family", "gpt")
         return values
+
+    def with_adapters_merged(self) -> "Recipe":
+        """The recipe of the final weights, into which a run with `model.lora` merges its adapters."""
+        if isinstance(self.model, GPTModel):
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"lora": None})})
 
     def on_one_device(self, micro_batch: int | None = None) -> "Recipe":
         """The same training without model parallelism, as a reference.

@@ -1,6 +1,6 @@
 """Build batches from tokens, as a function of (seed, step) only."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,8 +9,9 @@ import numpy.typing as npt
 from launch.config.layout import Layout
 from launch.config.schema import Recipe
 from launch.data.batch import Batch, MicroBatch, ValidationSet
+from launch.data.conversations import ConversationFile
 from launch.data.prepare import Corpus, prepare, tokens_needed
-from launch.data.token_file import TokenFile
+from launch.data.token_file import ANSWER, FIRST, FLAGS, TokenFile
 from launch.data.tokenizer import Tokenizer
 from launch.errors import UserError
 
@@ -34,7 +35,8 @@ class Batches:
         seed: seed of the order.
         separator: the token at which rows are split into documents; None: each row is one document.
         weights: a step's loss weights `[global_batch_size, sequence_length]`, as a function of only
-            the step, so that each rank knows their sum; None: all 1.
+            the step, so that each rank knows their sum; None: all 1, or in conversations 1 for the
+            labels of answers.
 
     Raises:
         UserError: if the text does not fill one global batch.
@@ -58,6 +60,11 @@ class Batches:
         self.sequences = tokens.sequences(sequence_length)
         self._epoch: tuple[int, npt.NDArray[np.int64]] | None = None
         if self.sequences < global_batch_size:
+            if isinstance(tokens, ConversationFile):
+                raise UserError(
+                    f"data.source: {tokens.describe()}; that is fewer than one global batch of "
+                    f"{global_batch_size}: give more conversations, or lower train.global_batch_size"
+                )
             raise UserError(
                 f"data.source: {len(tokens):,} train tokens make {max(self.sequences, 0)} sequences "
                 f"of {sequence_length}, fewer than one global batch of {global_batch_size}: give "
@@ -83,16 +90,18 @@ class Batches:
         import torch
 
         shape = (layout.accumulation, layout.grid["data"], layout.micro_batch)
-        mine = self.indices(step).reshape(shape)[:, data_rank]
+        everyone = self.indices(step)
+        mine = everyone.reshape(shape)[:, data_rank]
         rows = read_rows(self.tokens, mine.ravel().tolist(), self.sequence_length, self.separator)
-        loss_weights, total = None, float(self.global_batch_size * self.sequence_length)
+        apart = (layout.accumulation, layout.micro_batch, self.sequence_length)
+        loss_weights = None if rows.loss_weights is None else rows.loss_weights.view(apart)
+        total = _total_weight(self.tokens, everyone.tolist(), self.sequence_length)
         if self.weights is not None:
             weights = self.weights(step)
             total = float(weights.sum(dtype=np.float64))
             if total == 0.0:
                 raise UserError(f"data.source: no label of step {step + 1} counts towards the loss")
             loss_weights = torch.from_numpy(weights.reshape(*shape, -1)[:, data_rank].copy())
-        apart = (layout.accumulation, layout.micro_batch, self.sequence_length)
         return Batch(
             tokens=rows.tokens.view(apart),
             labels=rows.labels.view(apart),
@@ -139,7 +148,7 @@ def load_batches(
 
 
 def separator_of(recipe: Recipe, corpus: Corpus) -> int | None:
-    """The token that splits rows into documents; None unless `data.document_mask` is set."""
+    """The token that splits rows of text into documents; None unless `data.document_mask` is set."""
     return corpus.tokenizer.separator if recipe.data.document_mask else None
 
 
@@ -179,15 +188,35 @@ def validation_set(
         if repeated:
             rows = rows._replace(loss_weights=torch.zeros(rows.tokens.shape))
         mine.append(rows)
-    return ValidationSet(mine, float(count * sequence_length))
+    return ValidationSet(mine, _total_weight(tokens, range(count), sequence_length))
+
+
+def _total_weight(tokens: TokenFile, rows: Sequence[int], sequence_length: int) -> float:
+    """The number of labels in these rows that count."""
+    if isinstance(tokens, ConversationFile):
+        return float(tokens.answers(rows))
+    return float(len(rows) * sequence_length)
 
 
 def read_rows(
     tokens: TokenFile, indices: Iterable[int], sequence_length: int, separator: int | None
 ) -> MicroBatch:
-    """Read sequences of a file, with loss weights of 1: `[len(indices), sequence_length]`."""
+    """Read sequences of a file: `[len(indices), sequence_length]`.
+
+    Each label counts 1; of conversations only those that are part of an answer, and each
+    conversation is a document.
+    """
     import torch
 
+    if isinstance(tokens, ConversationFile):
+        flagged = torch.from_numpy(np.stack([tokens.read_flagged(i) for i in indices]))
+        ids = flagged // FLAGS
+        return MicroBatch(
+            ids[:, :-1].contiguous(),
+            ids[:, 1:].contiguous(),
+            (flagged[:, 1:] & ANSWER).float(),
+            positions_from((flagged[:, :-1] & FIRST) > 0),
+        )
     rows = torch.from_numpy(np.stack([tokens.read(i, sequence_length) for i in indices]))
     inputs, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     positions = None if separator is None else document_positions(inputs, separator)
@@ -200,8 +229,12 @@ def document_positions(tokens: "Tensor", separator: int) -> "Tensor":
     As a label, a separator ends a document; as an input token, it starts the next one, whose first
     token is predicted from it alone. A row starts at position 0 even in the middle of a document.
     """
+    return positions_from(tokens == separator)
+
+
+def positions_from(starts: "Tensor") -> "Tensor":
+    """Positions (int64) that count from each start: input (bool) and output are `[rows, sequence]`."""
     import torch
 
-    places = torch.arange(tokens.shape[1]).expand_as(tokens)
-    starts = torch.where(tokens == separator, places, 0)
-    return places - starts.cummax(-1).values
+    places = torch.arange(starts.shape[1]).expand_as(starts)
+    return places - torch.where(starts, places, 0).cummax(-1).values

@@ -19,9 +19,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from launch.config.schema import Data, Recipe
+from launch.data.chat import ChatTemplate, load_template, write_conversations
+from launch.data.conversations import ConversationFile
 from launch.data.local_files import STDLIB, SourceFile, local_files
-from launch.data.sources import documents
-from launch.data.token_file import SplitWriter, TokenFile, write_documents
+from launch.data.sources import cells, documents
+from launch.data.token_file import FLAGS, SplitWriter, TokenFile, write_documents
 from launch.data.tokenizer import Tokenizer, load_tokenizer
 from launch.errors import UserError
 from launch.paths import ROOT
@@ -37,7 +39,10 @@ TRAIN, HELD_OUT, META = "train.bin", "held_out.bin", "meta.json"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised source. `documents` and `text_bytes` (UTF-8) are totals of train and held-out."""
+    """A tokenised source. `documents` and `text_bytes` (UTF-8) are totals of train and held-out.
+
+    Of conversations, the files are `ConversationFile`s.
+    """
 
     train: TokenFile
     held_out: TokenFile
@@ -82,26 +87,65 @@ def prepare(
     """
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     files = local_files(data, say)
+    template = _chat_template(data, tokenizer, files)
     limit = tokens_needed if data.streaming and data.source != STDLIB else None
     cache = (
         ROOT / ".cache" / "data" if data.cache_dir is None else Path(data.cache_dir).expanduser()
     )
-    folder = cache / _fingerprint(data, tokenizer, files, limit)
+    folder = cache / _fingerprint(data, tokenizer, files, limit, template)
     with _disk_errors(cache):
         meta = _read_meta(folder)
         if meta is None:
             cache.mkdir(parents=True, exist_ok=True)
             with _locked(folder, say):
                 # Another rank may have been first.
-                meta = _read_meta(folder) or _build(data, tokenizer, files, limit, folder, say)
-    train, held_out = (TokenFile(folder / name, meta["dtype"]) for name in (TRAIN, HELD_OUT))
+                meta = _read_meta(folder) or _build(
+                    data, tokenizer, files, limit, folder, say, template
+                )
+
+    def opened(name: str) -> TokenFile:
+        if template is None:
+            return TokenFile(folder / name, meta["dtype"])
+        length = data.sequence_length
+        return ConversationFile(folder / name, meta["dtype"], length, tokenizer.separator)
+
+    train, held_out = opened(TRAIN), opened(HELD_OUT)
+    if isinstance(train, ConversationFile):
+        say(f"data: {train.describe()}")
     return Corpus(train, held_out, tokenizer, folder, meta["documents"], meta["text_bytes"])
 
 
+def _chat_template(
+    data: Data, tokenizer: Tokenizer, files: list[SourceFile] | None
+) -> ChatTemplate | None:
+    """The template of conversations; None for text.
+
+    Raises:
+        UserError: if there is none, or the source has files that hold no conversations.
+    """
+    if data.format == "text":
+        return None
+    for file in files or []:
+        if file.reader not in ("jsonl", "json", "parquet"):
+            raise UserError(
+                f"data.format: chat reads jsonl, json and parquet, and {file.path} is none of them; "
+                "name other files in data.source, or use data.format=text"
+            )
+    return load_template(data, tokenizer)
+
+
 def _fingerprint(
-    data: Data, tokenizer: Tokenizer, files: list[SourceFile] | None, limit: int | None
+    data: Data,
+    tokenizer: Tokenizer,
+    files: list[SourceFile] | None,
+    limit: int | None,
+    template: ChatTemplate | None,
 ) -> str:
-    settings = data.model_dump(exclude={"sequence_length", "cache_dir", "tokenizer", "streaming"})
+    other = {"sequence_length", "cache_dir", "tokenizer", "streaming"}
+    chat = {"format", "messages_field", "chat_template"}
+    settings = data.model_dump(exclude=other | chat)
+    if template is not None:
+        settings |= {"messages_field": data.messages_field, "chat": vars(template)}
     content: Any = None
     if data.source == STDLIB:
         # No modification times: the key is the same on every machine with this Python.
@@ -165,6 +209,7 @@ def _build(
     limit: int | None,
     folder: Path,
     say: Callable[[str], None],
+    template: ChatTemplate | None,
 ) -> dict[str, Any]:
     if folder.exists():
         say(f"{folder} is damaged: tokenising again")
@@ -175,13 +220,23 @@ def _build(
     copies = folder.parent / "hub" if files is None else building / "copies"
     try:
         writer = SplitWriter(
-            building / TRAIN, building / HELD_OUT, data.held_out, tokenizer.vocab_size
-        )
+            building / TRAIN, building / HELD_OUT, data.held_out,
+            tokenizer.vocab_size * (1 if template is None else FLAGS),
+        )  # fmt: skip
         try:
-            text_bytes = write_documents(writer, documents(data, files, copies), tokenizer, limit)
+            if template is None:
+                found = documents(data, files, copies)
+                text_bytes = write_documents(writer, found, tokenizer, limit)
+            else:
+                rows = cells(data, files, copies)
+                text_bytes = write_conversations(writer, rows, tokenizer, template, limit)
             count = writer.train.documents + writer.held_out.documents
             if not count:
                 raise UserError(f"data.source: there is no text in {data.source}")
+            if count == 1 and template is not None:
+                raise UserError(
+                    f"data.source: {data.source} has one conversation; one more is needed, to hold out"
+                )
             writer.finish()
         finally:
             writer.close()
@@ -200,8 +255,9 @@ def _build(
         building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+    what = "documents" if template is None else "conversations"
     say(
-        f"tokenised {count:,} documents ({text_bytes / 1e6:,.1f} MB) into {meta['train']:,} train "
+        f"tokenised {count:,} {what} ({text_bytes / 1e6:,.1f} MB) into {meta['train']:,} train "
         f"and {meta['held_out']:,} held-out tokens: {folder}"
     )
     return meta

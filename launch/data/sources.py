@@ -18,7 +18,10 @@ from launch.data.local_files import STDLIB, SourceFile
 from launch.errors import UserError
 
 Document: TypeAlias = tuple[str, str]
-"""The text and its key, which is unique and does not depend on the location of the corpus."""
+"""A key, which is unique and does not depend on the location of the corpus, and the text."""
+
+Cell: TypeAlias = tuple[str, str, Any]
+"""A document's key, where it is (a file and line, for messages), and what its column holds."""
 
 Row: TypeAlias = tuple[str, dict[str, Any]]
 """A row of a file and where it is, for example "line 7"."""
@@ -40,24 +43,28 @@ def documents(data: Data, files: list[SourceFile] | None, cache: Path) -> Iterat
     Raises:
         UserError: naming the file or setting that cannot be read.
     """
-    if files is None:
-        found = _from_hub(data, cache)
-    elif data.source == STDLIB:
-        found = _from_stdlib(files)
-    else:
-        found = _from_files(data, files, cache)
+    found = ((key, _as_text(data, place, value)) for key, place, value in cells(data, files, cache))
     return ((key, text) for key, text in found if text.strip())
 
 
-def _from_stdlib(files: list[SourceFile]) -> Iterator[Document]:
+def cells(data: Data, files: list[SourceFile] | None, cache: Path) -> Iterator[Cell]:
+    """Iterate over what a source has in its column, as it is; see `documents`."""
+    if files is None:
+        return _from_hub(data, cache)
+    if data.source == STDLIB:
+        return _from_stdlib(files)
+    return _from_files(data, files, cache)
+
+
+def _from_stdlib(files: list[SourceFile]) -> Iterator[Cell]:
     for file in files:
         try:
-            yield file.key, file.path.read_text(encoding="utf-8")
+            yield file.key, file.key, file.path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a few files deliberately use other encodings
 
 
-def _from_files(data: Data, files: list[SourceFile], cache: Path) -> Iterator[Document]:
+def _from_files(data: Data, files: list[SourceFile], cache: Path) -> Iterator[Cell]:
     files = [file for file in files if file.stat().st_size]
     for reader, members in groupby(files, key=lambda file: file.reader):
         group = list(members)
@@ -65,11 +72,12 @@ def _from_files(data: Data, files: list[SourceFile], cache: Path) -> Iterator[Do
             # One call for all files: a folder may hold a hundred thousand small ones.
             loaded = _load(data, cache, "text", group, sample_by="document")
             texts = (row["text"].removeprefix(BYTE_ORDER_MARK) for row in loaded)
-            yield from zip((f.key for f in group), texts, strict=True)
+            for each, text in zip(group, texts, strict=True):
+                yield each.key, str(each.path), text
             continue
         for file in group:
             rows = ROW_READERS[reader](data, file, cache)
-            yield from _texts(rows, data.text_field, str(file.path), prefix=f"{file.key}:")
+            yield from _numbered_cells(rows, data, str(file.path), prefix=f"{file.key}:")
 
 
 def _json_lines(data: Data, file: SourceFile, cache: Path) -> Iterator[Row]:
@@ -106,7 +114,7 @@ def _object(file: SourceFile, kind: str, number: int, row: Any) -> Row:
     if not isinstance(row, dict):
         raise UserError(
             f"data.source: {file.path} {kind} {number} is a JSON {type(row).__name__}; "
-            f"each {kind} has to be an object with the text in one field"
+            f"each {kind} has to be an object with the text or the messages in one field"
         )
     return f"{kind} {number}", row
 
@@ -126,8 +134,8 @@ def _parquet(data: Data, file: SourceFile, cache: Path) -> Iterator[Row]:
         columns = parquet.read_schema(file.path).names
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise UserError(f"data.source: {file.path} is no readable parquet: {error}") from None
-    _check_field(columns, data.text_field, str(file.path))
-    yield from _numbered(_load(data, cache, "parquet", [file], columns=[data.text_field]))
+    field = _check_field(columns, data, str(file.path))
+    yield from _numbered(_load(data, cache, "parquet", [file], columns=[field]))
 
 
 def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
@@ -165,7 +173,7 @@ def _load(
         raise UserError(f"data.source: {where}: {_first_line(reason)}") from error
 
 
-def _from_hub(data: Data, cache: Path) -> Iterator[Document]:
+def _from_hub(data: Data, cache: Path) -> Iterator[Cell]:
     try:
         rows = _datasets().load_dataset(
             data.source,
@@ -175,9 +183,8 @@ def _from_hub(data: Data, cache: Path) -> Iterator[Document]:
             cache_dir=str(cache),
         )
         if rows.column_names is not None:  # a stream may not know its columns until the first row
-            _check_field(rows.column_names, data.text_field, str(data.source))
-            rows = rows.select_columns([data.text_field])
-        yield from _texts(_numbered(rows), data.text_field, str(data.source), prefix="")
+            rows = rows.select_columns([_check_field(rows.column_names, data, str(data.source))])
+        yield from _numbered_cells(_numbered(rows), data, str(data.source), prefix="")
     except UserError:
         raise
     except Exception as error:  # name, subset, split, access, network, format: all end here
@@ -190,25 +197,29 @@ def _from_hub(data: Data, cache: Path) -> Iterator[Document]:
         ) from error
 
 
-def _texts(rows: Iterable[Row], field: str, where: str, prefix: str) -> Iterator[Document]:
+def _numbered_cells(rows: Iterable[Row], data: Data, where: str, prefix: str) -> Iterator[Cell]:
     for index, (place, row) in enumerate(rows):
-        _check_field(row, field, f"{where} {place}")
-        text = row[field]
-        if not isinstance(text, str | None):
-            raise UserError(
-                f"data.text_field: '{field}' of {where} {place} is {type(text).__name__}, "
-                "not text; name another column"
-            )
-        # JSON can escape a lone surrogate, which cannot be encoded as UTF-8.
-        yield f"{prefix}{index}", (text or "").encode(errors="replace").decode()
+        field = _check_field(row, data, f"{where} {place}")
+        yield f"{prefix}{index}", f"{where} {place}", row[field]
 
 
-def _check_field(columns: Iterable[str], field: str, where: str) -> None:
-    names = list(columns)
+def _as_text(data: Data, place: str, value: Any) -> str:
+    if not isinstance(value, str | None):
+        raise UserError(
+            f"data.text_field: '{data.text_field}' of {place} is {type(value).__name__}, "
+            "not text; name another column"
+        )
+    # JSON can escape a lone surrogate, which cannot be encoded as UTF-8.
+    return (value or "").encode(errors="replace").decode()
+
+
+def _check_field(columns: Iterable[str], data: Data, where: str) -> str:
+    field, names = str(getattr(data, data.column_key)), list(columns)
     if field not in names:
         close = difflib.get_close_matches(field, names, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(names)}"
-        raise UserError(f"data.text_field: {where} has no '{field}'; {hint}")
+        raise UserError(f"data.{data.column_key}: {where} has no '{field}'; {hint}")
+    return field
 
 
 def _datasets() -> Any:

@@ -14,6 +14,8 @@ from launch.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 4 * 2**20  # text per tokenizer call
 COPY_BYTES = 64 * 2**20
+# In a file of conversations a value is 4 x id + 2 x (begins a conversation) + (is part of an answer).
+FLAGS, FIRST, ANSWER = 4, 2, 1
 
 
 class TokenFile:

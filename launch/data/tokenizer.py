@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +36,23 @@ class Tokenizer(Protocol):
     """The largest id plus one."""
     separator: int
     """The id appended to every document."""
+    chat_template: str | None
+    """How it writes a conversation, in Jinja; None if it does not say."""
+    special_tokens: dict[str, str]
+    """Names and texts of special tokens (bos_token, ...), which chat templates use."""
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, without a separator or other special tokens."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Encode many texts at once, which is faster than one by one."""
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Ids]]:
+        """As `encode_batch`, with each token's first and last + 1 character: `[tokens, 2]`.
+
+        Raises:
+            UserError: if this tokenizer does not know.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; separators and invalid ids are skipped."""
@@ -78,6 +89,10 @@ class ByteTokenizer:
     identity = "bytes"
     vocab_size = 257
     separator = 256
+    chat_template: str | None = None
+
+    def __init__(self) -> None:
+        self.special_tokens: dict[str, str] = {}
 
     def encode(self, text: str) -> list[int]:
         """One id per byte."""
@@ -87,6 +102,15 @@ class ByteTokenizer:
         """One id per byte, without a Python object for each."""
         encoded = (text.encode("utf-8", errors="replace") for text in texts)
         return [np.frombuffer(text, dtype=np.uint8).astype(np.int64) for text in encoded]
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Ids]]:
+        """Each byte of a character has the offsets of that character."""
+        found = []
+        for text, ids in zip(texts, self.encode_batch(texts), strict=True):
+            sizes = [len(character.encode("utf-8", errors="replace")) for character in text]
+            first = np.repeat(np.arange(len(text)), sizes)
+            found.append((ids, np.stack([first, first + 1], axis=1)))
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode; bytes that are not valid UTF-8 become U+FFFD."""
@@ -115,6 +139,7 @@ class FileTokenizer:
         self.separator = _separator(path, vocab)
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         self.identity = f"tokenizer.json {digest} separator {self.separator}"
+        self.chat_template, self.special_tokens = _chat_settings(path)
 
     def encode(self, text: str) -> list[int]:
         """Encode without the special tokens of the file's template."""
@@ -124,6 +149,11 @@ class FileTokenizer:
         """Like `encode`, on all cores."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Ids]]:
+        """Like `encode_batch`, with offsets as the library counts them."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [_with_offsets(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text without special tokens."""
@@ -159,6 +189,8 @@ class HubTokenizer:
         self.vocab_size = max(max(vocab.values()), self.separator) + 1
         digest = hashlib.blake2b(json.dumps(sorted(vocab.items())).encode(), digest_size=16)
         self.identity = f"hub {name} {digest.hexdigest()} separator {separator}"
+        self.chat_template = _default_template(backend.chat_template)
+        self.special_tokens = {k: str(v) for k, v in backend.special_tokens_map.items()}
 
     def encode(self, text: str) -> list[int]:
         """Encode without the special tokens of its template."""
@@ -169,28 +201,74 @@ class HubTokenizer:
         rows = self._backend(list(texts), add_special_tokens=False)["input_ids"]
         return [np.array(row, dtype=np.int64) for row in rows]
 
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Ids]]:
+        """Of a fast tokenizer alone."""
+        if not self._backend.is_fast:
+            raise UserError(
+                f"data.tokenizer: '{self.name}' is a slow tokenizer, which does not say where a token "
+                "begins; use a fast one, or a chat template without {% generation %}"
+            )
+        rows = self._backend(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            _with_offsets(ids, offsets)
+            for ids, offsets in zip(rows["input_ids"], rows["offset_mapping"], strict=True)
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text without special tokens."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
 
 def _separator(path: Path, vocab: dict[str, int]) -> int:
-    config = path.with_name("tokenizer_config.json")
-    named = None
-    if config.is_file():
-        try:
-            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"data.tokenizer: {config} is not readable: {error}") from None
-    if isinstance(named, dict):  # an AddedToken, the older format
-        named = named.get("content")
-    for token in (named, *SEPARATORS):
+    for token in (_content(_settings(path).get("eos_token")), *SEPARATORS):
         if token in vocab:
             return vocab[token]
     raise UserError(
         f"data.tokenizer: {path} has no token that ends a document: add one of "
         f"{', '.join(SEPARATORS)}, or a tokenizer_config.json beside it whose eos_token names yours"
     )
+
+
+def _with_offsets(ids: list[int], offsets: list[tuple[int, int]]) -> tuple[Ids, Ids]:
+    return np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What the tokenizer_config.json beside a tokenizer.json says; empty if there is none."""
+    config = path.with_name("tokenizer_config.json")
+    if not config.is_file():
+        return {}
+    try:
+        settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        settings.get("eos_token")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"data.tokenizer: {config} is not readable: {error}") from None
+    return settings
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token  # the older format
+
+
+def _chat_settings(path: Path) -> tuple[str | None, dict[str, str]]:
+    """The chat template and the special tokens beside a tokenizer.json."""
+    settings, file = _settings(path), path.with_name("chat_template.jinja")
+    named = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
+    special = {key: token for key, token in named.items() if isinstance(token, str)}
+    try:
+        template = file.read_text(encoding="utf-8") if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.tokenizer: {file} is not readable: {error}") from None
+    return template or _default_template(settings.get("chat_template")), special
+
+
+def _default_template(found: Any) -> str | None:
+    """A tokenizer has one template, or several by name, of which one is called default."""
+    if isinstance(found, list):
+        found = {entry.get("name"): entry.get("template") for entry in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
 
 
 def _first_line(error: Exception) -> str:

@@ -146,7 +146,7 @@ def activations(
     blocks = max(0, min(last, c.layers + 2) - max(first, 2))
     block = block_bytes(c, tensor, sequence_parallel, element, graph != "no")
     mask = 0.0
-    if recipe.data.document_mask:
+    if recipe.data.has_documents:
         # Attention keeps the mask as numbers to add to its scores, once a block.
         mask = element.product * recipe.data.sequence_length
     each = block + mask + _statistics(c, tensor)

@@ -7,12 +7,12 @@ is built by the code that it is to check; `tests/unit/test_gpt.py` compares it w
 
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import nn
 
-from launch.config.schema import HFModel, Recipe
+from launch.config.schema import HFModel, Lora, Recipe
 from launch.training.build_model import build_model
 
 if TYPE_CHECKING:
@@ -22,9 +22,20 @@ if TYPE_CHECKING:
 def reference_model(recipe: Recipe, dtype: torch.dtype, device: str) -> nn.Module:
     """A recipe's model with its initial weights: a GPT, or a PreTrainedModel without a wrapper."""
     if isinstance(recipe.model, HFModel):
-        model: nn.Module = _as_transformers_loads_it(recipe.model, recipe.train.seed, dtype)
-        return model.to(device).train()
+        model: Any = _as_transformers_loads_it(recipe.model, recipe.train.seed, dtype)
+        if recipe.model.lora is not None:
+            _add_adapters(model, recipe.model.lora, recipe.train.seed)
+        return cast("nn.Module", model.to(device).train())
     return build_model(recipe, dtype, device)
+
+
+def _add_adapters(model: "PreTrainedModel", lora: Lora, seed: int) -> None:
+    """As peft makes them, in the dtype of the weights that they lie beside."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets)
+    torch.manual_seed(seed)
+    get_peft_model(model, config, autocast_adapter_dtype=False)  # changes the model itself
 
 
 def is_pretrained_model(model: nn.Module) -> "TypeGuard[PreTrainedModel]":

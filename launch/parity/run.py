@@ -112,6 +112,8 @@ def _dropouts(recipe: Recipe) -> dict[str, float]:
     from launch.training.build_model import meta_model
     from models.hf import dropouts
 
+    if recipe.model.lora is not None and recipe.model.lora.dropout:
+        return {"model.lora.dropout": recipe.model.lora.dropout}
     model: Any = meta_model(recipe)
     return {f"model.changes.{key}": value for key, value in dropouts(model.model.config).items()}
 

@@ -19,8 +19,12 @@ def uneven_weights(recipe: Recipe) -> Weights:
     and one weights each label between 0 and 2. The kinds rotate from step to step.
 
     Raises:
-        UserError: for a global batch in which no label would count at some steps.
+        UserError: for a global batch in which no label would count at some steps, and for chat.
     """
+    if recipe.data.format == "chat":
+        raise UserError(
+            "data.format: the labels of chat count unequally already; leave --uneven-loss-weights out"
+        )
     rows, length, seed = (
         recipe.train.global_batch_size,
         recipe.data.sequence_length,

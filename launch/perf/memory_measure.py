@@ -148,7 +148,7 @@ def measure_rank(values: dict[str, Any], steps: int) -> RankMemory:
 
 
 def random_batch(recipe: Recipe, layout: "Layout", seed: int) -> Batch:
-    """A rank's batch of random tokens; under `data.document_mask` each row has two documents."""
+    """A rank's batch of random tokens; where rows hold documents, each has two."""
     import torch
 
     assert isinstance(recipe.model, GPTModel)
@@ -157,7 +157,7 @@ def random_batch(recipe: Recipe, layout: "Layout", seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, recipe.model.shape.vocab, shape, generator=generator)
     positions = None
-    if recipe.data.document_mask:
+    if recipe.data.has_documents:
         positions = (torch.arange(sequence) % max(1, sequence // 2)).expand(shape).contiguous()
     weight = float(layout.global_batch * sequence)
     return Batch(tokens, tokens.roll(-1, -1), None, positions, weight)

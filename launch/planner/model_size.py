@@ -25,11 +25,14 @@ def model_size(recipe: Recipe) -> tuple[int, float]:
     from launch.training.build_model import build_model
 
     model: Any = build_model(recipe, torch.float32, "meta")
-    parameters = sum(p.numel() for p in canonical_names(model).values())
+    weights = canonical_names(model).values()
+    parameters = sum(p.numel() for p in weights)
     hf = model.model.config
     embedding, output = model.model.get_input_embeddings(), model.model.get_output_embeddings()
     tied = output is not None and output.weight is embedding.weight
     multiplied = parameters - (0 if tied else embedding.weight.numel())
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     attention = 12.0 * hf.num_hidden_layers * hf.num_attention_heads * head_dim * sequence
-    return parameters, 6.0 * multiplied + attention
+    # A frozen weight needs no gradient of its own, a third of the work.
+    frozen = sum(p.numel() for p in weights if not p.requires_grad)
+    return parameters, 6.0 * multiplied - 2.0 * min(frozen, multiplied) + attention

@@ -51,7 +51,7 @@ def build_model(
     """
     spec = recipe.model
     if isinstance(spec, HFModel):
-        return _build_hf(spec, recipe.train.seed, dtype, device)
+        return _build_hf(spec, recipe.train.seed, dtype, device, recipe.data.has_documents)
     with _new_parameters(dtype, device):
         model = GPT(spec.shape, spec.checkpoint_activations, tp)
     if torch.device(device).type != "meta":
@@ -69,9 +69,20 @@ def _set_initial_weights(
 
 
 def _build_hf(
-    spec: HFModel, seed: int, dtype: torch.dtype, device: torch.device | str
+    spec: HFModel,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    documents: bool,
 ) -> nn.Module:
-    from models.hf import HFCausalLM, check_causal, from_config, from_pretrained, read_config
+    from models.hf import (
+        HFCausalLM,
+        check_causal,
+        check_documents,
+        from_config,
+        from_pretrained,
+        read_config,
+    )
 
     try:
         config = read_config(spec.path, spec.changes)
@@ -86,6 +97,12 @@ def _build_hf(
                 model = from_config(config)
         if not meta:
             check_causal(model)
+            if documents:
+                check_documents(model)
+        if spec.lora is not None:
+            from launch.training.lora import add_adapters
+
+            add_adapters(model, spec.path, spec.lora, seed)
         _cast_parameters(model, dtype)
         return HFCausalLM(model.to(device), spec.checkpoint_activations)
     except (MemoryError, torch.OutOfMemoryError):
@@ -93,6 +110,8 @@ def _build_hf(
     except Exception as error:  # of any type: each model's own code checks its configuration
         # A check's message is one line below its name.
         reason = str(error.__cause__ or error).strip().splitlines()
+        if reason and reason[0].startswith("model.lora"):
+            raise UserError(reason[0]) from error
         raise UserError(
             f"model.path: {spec.path} is not usable: {reason[0] if reason else type(error).__name__}"
         ) from error

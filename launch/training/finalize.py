@@ -6,7 +6,7 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launch.checkpoint.safetensors_io import save_weights
-from launch.config.schema import Recipe
+from launch.config.schema import HFModel, Recipe
 from launch.data.prepare import Corpus
 from launch.ds_json.view import training_dtype
 from launch.runtime.console import say
@@ -25,7 +25,15 @@ def finish(
     ranks: RankInfo,
     validation_loss: float,
 ) -> None:
-    """Write and report model*.safetensors, sample.txt and summary.json. Every rank calls it."""
+    """Write and report model*.safetensors, sample.txt and summary.json. Every rank calls it.
+
+    With `model.lora`, the adapter is written as well, and merged into the weights.
+    """
+    if isinstance(recipe.model, HFModel) and recipe.model.lora is not None:
+        from launch.training.lora import merge_adapters, save_adapter
+
+        say(f"adapter: {save_adapter(engine, run.path)}; the weights have it merged")
+        merge_adapters(engine)
     files = save_weights(engine, run.path, training_dtype(ds_config))
     say(f"validation loss: {validation_loss:.4f} nats per token")
     say(f"weights: {', '.join(str(file) for file in files)}")

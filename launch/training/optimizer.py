@@ -9,10 +9,15 @@ from torch.optim import Optimizer
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices, with the JSON's weight_decay, and vectors (norms, biases), without decay."""
+    """Matrices, with the JSON's weight_decay, and vectors (norms, biases), without decay.
+
+    Frozen parameters are in neither.
+    """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         whole_shape = getattr(parameter, "ds_shape", parameter.shape)
         (matrices if len(whole_shape) >= 2 else vectors).append(parameter)
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
