@@ -18,7 +18,13 @@ Turns = list[tuple[str, str]]
 CONVERSATIONS: list[Turns] = [
     [("user", "a?"), ("assistant", "b")],
     [("user", "count"), ("assistant", "one two three four five six seven eight nine ten")],
-    [("system", "be short"), ("user", "hi"), ("assistant", "ho"), ("user", "x"), ("assistant", "y")],
+    [
+        ("system", "be short"),
+        ("user", "hi"),
+        ("assistant", "ho"),
+        ("user", "x"),
+        ("assistant", "y"),
+    ],
     [("user", "é?"), ("assistant", "ñandú"), ("user", "ok"), ("assistant", "")],
     [("assistant", "hello"), ("user", "bye"), ("assistant", "see you")],
     [("user", "a long question, which is not learned, of many words"), ("assistant", "no")],
@@ -52,7 +58,9 @@ def write(file: Path, conversations: list[Turns]) -> str:
         {"messages": [{"role": role, "content": content} for role, content in turns]}
         for turns in conversations
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
     return str(file)
 
 
@@ -64,7 +72,9 @@ class Trained(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def train(model: nn.Module, examples: list[Example], steps: int, rate: float, eps: float) -> Trained:
+def train(
+    model: nn.Module, examples: list[Example], steps: int, rate: float, eps: float
+) -> Trained:
     """AdamW on all examples at each step: the mean loss of the answers' tokens over all of them.
 
     `model` maps ids `[1, n]` to logits, or to an object that has them. The rate is constant, nothing
@@ -90,7 +100,9 @@ def train(model: nn.Module, examples: list[Example], steps: int, rate: float, ep
             (loss / counted).backward()
             total += float(loss.detach()) / counted
         norms.append(
-            math.sqrt(sum(float(p.grad.square().sum()) for p in trained.values() if p.grad is not None))
+            math.sqrt(
+                sum(float(p.grad.square().sum()) for p in trained.values() if p.grad is not None)
+            )
         )
         losses.append(total)
         optimizer.step()

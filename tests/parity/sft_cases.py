@@ -1,7 +1,5 @@
 """Fine-tuning on the conversations of `conversations.py`, in a layout, and by hand on one device."""
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +72,6 @@ def saved_llama(folder: Path) -> Path:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA))
         model.save_pretrained(path)
-        (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text())))
     return path
 
 
@@ -85,14 +82,19 @@ def plain_model(case: SFTCase, folder: Path) -> nn.Module:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(saved_llama(folder), dtype=torch.float32)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        saved_llama(folder), dtype=torch.float32
+    )
     if case.model == "hf":
         return model
     torch.manual_seed(SEED)
     config = LoraConfig(
-        r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=LORA["targets"], task_type="CAUSAL_LM"
+        r=LORA["rank"],
+        lora_alpha=LORA["alpha"],
+        target_modules=LORA["targets"],
+        task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 def by_hand(case: SFTCase, folder: Path) -> Trained:
@@ -114,8 +116,3 @@ def apart(expected: Trained, found: TrainingRecord) -> dict[str, float]:
         float((weights[n] - t).norm() / t.norm()) for n, t in expected.weights.items()
     )
     return worst
-
-
-def with_changes(case: SFTCase, **changes: Any) -> SFTCase:
-    """A case with some fields changed."""
-    return dataclasses.replace(case, **changes)

@@ -27,11 +27,12 @@ from tests.parity.faults import (
     optimizer,
     pipeline,
     sequence,
+    sft,
     tensor,
     workarounds,
     zero,
 )
 
-ONE_MODEL = [fault for kind in (model, zero, clip, optimizer, data) for fault in kind.FAULTS]
+ONE_MODEL = [fault for kind in (model, zero, clip, optimizer, data, sft) for fault in kind.FAULTS]
 SHARDED = [fault for kind in (tensor, sequence, pipeline, hf, workarounds) for fault in kind.FAULTS]
 FAULTS = [*ONE_MODEL, *SHARDED]
