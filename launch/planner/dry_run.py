@@ -52,8 +52,11 @@ def print_list() -> None:
     table.add_column("hardware")
     for file in sorted((ROOT / "recipes").glob("*.yaml")):
         recipe = load_recipe(file)
-        on_hub = isinstance(recipe.model, HFModel) and not Path(recipe.model.path).exists()
-        size = "on the Hub" if on_hub else _short(model_size(recipe)[0])
+        path = recipe.model.path if isinstance(recipe.model, HFModel) else None
+        if path is None or Path(path).exists():
+            size = _short(model_size(recipe)[0])
+        else:
+            size = "by a script" if path.startswith(".") else "on the Hub"
         _what, _, hardware = header(file)[0].partition(". ")
         table.add_row(file.stem, size, _layout_name(recipe), hardware)
     Console(width=None if sys.stdout.isatty() else 140).print(table)

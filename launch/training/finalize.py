@@ -13,6 +13,7 @@ from launch.runtime.console import say
 from launch.runtime.process_group import RankInfo
 from launch.runtime.run_dir import RunDir
 from launch.training.evaluate import next_token_logits
+from launch.training.metrics import perplexity
 from launch.training.sampling import sample
 
 
@@ -35,7 +36,10 @@ def finish(
         say(f"adapter: {save_adapter(engine, run.path)}; the weights have it merged")
         merge_adapters(engine)
     files = save_weights(engine, run.path, training_dtype(ds_config))
-    say(f"validation loss: {validation_loss:.4f} nats per token")
+    say(
+        f"validation loss: {validation_loss:.4f} nats per token (perplexity "
+        f"{perplexity(validation_loss):.2f})"
+    )
     say(f"weights: {', '.join(str(file) for file in files)}")
     if recipe.run.sample_tokens:
         text = _sample(recipe, engine, corpus, ranks)

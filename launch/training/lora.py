@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from launch.checkpoint.full_weights import held_weights
 from launch.config.schema import Lora
+from launch.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +50,10 @@ def add_adapters(model: "PreTrainedModel", path: str, lora: Lora, seed: int) -> 
         owners.setdefault(id(parameter), []).append(name)
     # On the CPU in every layout: the same numbers are drawn on every rank.
     torch.manual_seed(seed)
-    inject_adapter_in_model(config, model)
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:  # no layer is called so
+        raise ValueError(f"model.lora.targets: {str(error).splitlines()[0]}") from None
     for name, layer in adapted_layers(model).items():
         weight = getattr(layer.base_layer, "weight", None)
         if not hasattr(layer, "lora_A") or len(layer.lora_A) == 0 or weight is None:
@@ -71,11 +76,17 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def save_adapter(engine: DeepSpeedEngine, folder: Path) -> Path:
-    """Write the adapters in fp32 as peft does: adapter_model.safetensors and adapter_config.json.
+def save_adapter(engine: DeepSpeedEngine, run: Path) -> Path:
+    """Write the adapters in fp32 into the folder adapter/ of a run, which is returned.
 
-    Rank 0 writes; every rank must call this. `PeftModel.from_pretrained(base, folder)` opens it.
+    `PeftModel.from_pretrained(base, folder)` opens it. It is a folder of its own because transformers
+    adds an adapter to the weights that it finds it beside, and those have it merged. Rank 0 writes;
+    every rank must call this.
+
+    Raises:
+        UserError: if the disk is full or not writable.
     """
+    folder = run / "adapter"
     model: Any = engine.module.model
     tensors: dict[str, Tensor] = {}
     for name, held in held_weights(engine).items():
@@ -84,9 +95,16 @@ def save_adapter(engine: DeepSpeedEngine, folder: Path) -> Path:
             key = f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"
             tensors[key] = tensor.to("cpu", copy=True).contiguous()
     if engine.global_rank == 0:
-        save_file(tensors, folder / FILE, metadata={"format": "pt"})
-        model.peft_config[ADAPTER].save_pretrained(folder)
-    return folder / FILE
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, folder / FILE, metadata={"format": "pt"})
+            model.peft_config[ADAPTER].save_pretrained(folder)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{folder}: cannot write the adapter ({error}); make room, then --resume auto writes it "
+                "from the last checkpoint"
+            ) from error
+    return folder
 
 
 @torch.no_grad()

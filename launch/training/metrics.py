@@ -91,7 +91,7 @@ class Metrics:
         self.records = [
             r for r in self.records if r["step"] != step or validation_loss_of(r) is None
         ]
-        self._write({"step": step, "validation_loss": loss})
+        self._write({"step": step, "validation_loss": loss, "perplexity": perplexity(loss)})
 
     def _write(self, record: dict[str, Any]) -> None:
         # JSON has no NaN or infinity, for example the norm of gradients that overflowed in fp16.
@@ -172,6 +172,14 @@ def check_trackers(recipe: Recipe) -> None:
             raise UserError(
                 "run.wandb: wandb is not installed; pip install wandb, or set run.wandb=null"
             ) from None
+
+
+def perplexity(loss: float) -> float:
+    """The perplexity of a mean loss in nats; infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def validation_loss_of(record: dict[str, Any]) -> float | None:

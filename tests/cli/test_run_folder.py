@@ -1,6 +1,7 @@
 """What a run leaves behind, and that a person can use it."""
 
 import json
+import math
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_metrics_has_each_step_once(folder: Path) -> None:
     assert steps[-1]["tokens"] == STEPS * 8 * 32
     assert all(r["grad_norm"] > 0 and r["tokens_per_second"] > 0 for r in steps)
     assert [r["step"] for r in records if "validation_loss" in r] == [2, 4, 5]
+    last = records[-1]
+    assert last["perplexity"] == pytest.approx(math.exp(last["validation_loss"]))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == {"steps": STEPS, "validation_loss": records[-1]["validation_loss"]}
 

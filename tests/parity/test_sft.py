@@ -67,9 +67,8 @@ def hand(bench: Workbench) -> Callable[[SFTCase], Trained]:
 
 
 def kinds(each: SFTCase) -> set[object]:
-    """The model with its stage, or with the axes that are sharded."""
-    axes = axes_of(each) - {each.stem, each.precision}
-    return {(each.model, axis) for axis in axes} or {(each.model, each.stem[:5])}
+    """The model, the stage, and the axes that are sharded."""
+    return {each.model, each.stem[:5], *(axes_of(each) - {each.stem, each.precision})}
 
 
 @pytest.mark.usefixtures("built_ops")
@@ -108,7 +107,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(
     ("fault", "each", "seen"),
-    representatives(FAULTS, lambda fault, each, seen: {(each.model, seen)}),
+    representatives(FAULTS, lambda fault, each, seen: {seen}),
     ids=lambda value: getattr(value, "name", getattr(value, "__name__", None)),
 )
 def test_training_by_hand_shows_the_fault(

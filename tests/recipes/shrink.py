@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 from launch.config.load import load_recipe
 from launch.config.schema import GPTModel, HFModel, Recipe
 from launch.paths import ROOT
+from scripts.make_tiny_chat import conversation
 from tests.recipes.headers import header_ranks
 
 STEPS, SEQUENCE, BATCH = 24, 32, 8
@@ -42,8 +44,9 @@ def tiny_hub_model(folder: Path) -> Path:
 
 
 def without_hub(recipe: Recipe, hub_model: Path) -> list[str]:
-    """Overrides that put a local folder in the place of a model on the Hub."""
-    return [f"model.path={hub_model}"] if isinstance(recipe.model, HFModel) else []
+    """Overrides that put a local folder in the place of a model on the Hub, or of one made before."""
+    made = ["data.tokenizer=bytes"] if recipe.data.tokenizer.startswith(".cache/") else []
+    return [f"model.path={hub_model}", *made] if isinstance(recipe.model, HFModel) else []
 
 
 def small_grid(file: Path) -> tuple[int, int, int]:
@@ -76,9 +79,8 @@ def shrunken(file: Path, folder: Path, hub_model: Path) -> Recipe:
     recipe = load_recipe(file)
     ranks, tensor, pipeline = small_grid(file)
     overrides = [
-        *without_hub(recipe, hub_model),
-        "data.source=python-stdlib", "data.subset=null", "data.streaming=false",
-        "data.tokenizer=bytes", f"data.sequence_length={SEQUENCE}", "data.held_out=0.02",
+        *without_hub(recipe, hub_model), *_local_data(recipe, folder),
+        "data.subset=null", "data.streaming=false", "data.tokenizer=bytes", "data.held_out=0.02",
         f"train.steps={STEPS}", f"train.global_batch_size={BATCH}", "train.compile=false",
         f"train.micro_batch_size={_micro_batch(recipe, ranks // (tensor * pipeline), pipeline)}",
         f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}",
@@ -96,6 +98,18 @@ def shrunken(file: Path, folder: Path, hub_model: Path) -> Recipe:
             overrides += ["model.ffn=96"]
     zero = json.loads((ROOT / recipe.deepspeed["config"]).read_text())["zero_optimization"]
     return load_recipe(file, [*overrides, *_smaller_buffers(zero, folder)])
+
+
+def _local_data(recipe: Recipe, folder: Path) -> list[str]:
+    if recipe.data.format == "text":
+        return ["data.source=python-stdlib", f"data.sequence_length={SEQUENCE}"]
+    numbers = random.Random(0)
+    rows = [{"messages": conversation(numbers)} for _ in range(100)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        f"data.source={folder / 'chat.jsonl'}", "data.split=train", "data.sequence_length=128",
+        "data.chat_template=recipes/chatml.jinja",
+    ]  # fmt: skip
 
 
 def _smaller_buffers(zero: dict[str, Any], folder: Path) -> list[str]:

@@ -57,6 +57,7 @@ def is_parallel(recipe: Recipe) -> bool:
 def test_the_promised_recipes_exist() -> None:
     names = {file.stem for file in RECIPES}
     assert {f"gpt_tiny_{stem}" for stem in TINY} <= names
+    assert {"hf_tiny_sft_zero2", "hf_tiny_lora_zero3"} <= names
     for size in ("gpt_124m", "gpt_1b3", "gpt_2b7", "gpt_6b7", "llama3_8b", "hf_qwen3", *PARALLEL):
         assert any(name.startswith(size) for name in names), size
 
@@ -170,7 +171,7 @@ def test_tiny_ones_compute_in_fp32_and_the_others_in_bf16(file: Path) -> None:
     # In bf16, a CPU without the units for it takes ten times as long.
     recipe = load_recipe(file)
     ds_config = resolve(recipe, plan_layout(recipe, header_ranks(file)))
-    tiny = file.stem.startswith("gpt_tiny")
+    tiny = "_tiny_" in file.stem
     assert compute_dtype(ds_config) is (torch.float32 if tiny else torch.bfloat16)
 
 
@@ -195,12 +196,21 @@ def layout_kind(recipe: Recipe) -> dict[str, object]:
 
 
 def training_kinds(file: Path) -> set[object]:
-    """Every tiny recipe is of a kind of its own; the others are of their model and their axes."""
+    """Every tiny recipe is of a kind of its own; the others are of their model and their axes.
+
+    A transformers model is the same in chat, and with adapters another.
+    """
     if file.stem.startswith("gpt_tiny"):
         return {file.stem}
     recipe = load_recipe(file)
     tensor, pipeline = recipe.parallel.tensor > 1, recipe.parallel.pipeline > 1
-    return {file.stem.partition("_")[0], (tensor, pipeline)}
+    adapters = isinstance(recipe.model, HFModel) and recipe.model.lora is not None
+    return {
+        file.stem.partition("_")[0],
+        (tensor, pipeline),
+        ("adapters", adapters),
+        recipe.data.format,
+    }
 
 
 @pytest.mark.parametrize(
@@ -214,7 +224,7 @@ def test_it_trains_in_its_own_layout(
     layout = plan_layout(small, world_size)
     assert layout.grid["pipeline"] == 1 or layout.accumulation > layout.grid["pipeline"]
     ranks = run_ranks(train_recipe, world_size, file, tmp_path, hub_model)
-    tiny = file.stem.startswith("gpt_tiny")
+    tiny = "_tiny_" in file.stem
     assert {dtype for dtype, _, _ in ranks} == {"torch.float32" if tiny else "torch.bfloat16"}
     stage = re.search(r"_zero(\d)", file.stem)
     assert stage
@@ -235,7 +245,9 @@ def test_it_trains_in_its_own_layout(
     # From log(320) = 5.8, the loss of guessing, to well below: the bytes' frequencies at least. A tied
     # embedding guesses the token that it sees: right for blanks, of which some Pythons' text has more.
     assert losses[0] == pytest.approx(math.log(320), abs=0.5)
-    assert sum(losses[-3:]) / 3 < losses[0] - 1.0
+    # Adapters beside random weights, the embedding among them, learn little.
+    adapters = isinstance(small.model, HFModel) and small.model.lora is not None
+    assert sum(losses[-3:]) / 3 < losses[0] - (0.1 if adapters else 1.0)
     assert list((tmp_path / "run").glob("model*.safetensors"))
     assert not list((tmp_path / "nvme").glob("*/*")), "swap files are left behind"
 
