@@ -108,7 +108,7 @@ def test_null_takes_a_value_back(good: Path) -> None:
         ),
         (
             "data.zzzzzz=3",
-            "unknown key data.zzzzzz; choose from: cache_dir, document_mask, held_out",
+            "unknown key data.zzzzzz; choose from: cache_dir, chat_template, document_mask",
         ),
         ("model.family=gtp", "model: Input tag 'gtp' found using 'family' does not match"),
         ("model.size=tinny", "model.size: 'tinny' is not known; did you mean 'tiny'?"),
