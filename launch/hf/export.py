@@ -118,6 +118,11 @@ def _as_it_is(
     config = read_config(*source)
     # Buffers keep their dtype, as transformers keeps it: they are integers, or in fp32 by intent.
     parameters = _parameter_names(config)
+    if model.lora is not None and parameters.isdisjoint(weights.shapes):
+        raise UserError(
+            "model.lora: a checkpoint has the adapters alone, and no model to write; end the run with "
+            "--resume auto, and export its folder, whose weights have them merged"
+        )
     specs = {
         name: (shape, dtype if dtype and name in parameters else weights.dtypes[name])
         for name, shape in weights.shapes.items()
