@@ -85,12 +85,8 @@ def cut_of(parameter: nn.Parameter, topology: Topology) -> Cut:
     local = tuple(getattr(parameter, "ds_shape", parameter.shape))
     shard: Shard | None = getattr(parameter, "shard", None)
     if shard is not None:
-        spans, at, first = [], 0, 0
-        for part, width in zip(shard.parts, shard.widths, strict=True):
-            begin = min(shard.rank * width, part)
-            spans.append(Span(at, first + begin, min(width, part - begin)))
-            at, first = at + width, first + part
-        return Cut(tuple(shard.whole_shape(local)), local, shard.dim, tuple(spans))
+        spans = tuple(Span(*place) for place in shard.ranges())
+        return Cut(tuple(shard.whole_shape(local)), local, shard.dim, spans)
     auto = getattr(parameter, DS_AUTOTP_UC_META, None)
     if auto is not None and not auto["replicated"]:
         rank, dim, sizes = (
@@ -151,6 +147,8 @@ def _whole(
     for group, wide in zip(groups, masters, strict=True):
         runs = []
         for parameter, master in zip(group, wide, strict=True):
+            if not parameter.requires_grad:  # frozen: ZeRO leaves these out by itself
+                continue
             found = _tensors(optimizer, master, wanted)
             runs.append(names.run(parameter, 0, {k: t.view(-1) for k, t in found.items()}))
         yield runs

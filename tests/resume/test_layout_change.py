@@ -10,6 +10,7 @@ import torch
 from launch.config.load import recipe_from_dict
 from launch.parity.compare import tolerances
 from tests.parity.hf_cases import MODELS, SIZES, WHOLE_MODELS
+from tests.parity.sft_cases import LORA, saved_llama
 from tests.ranks import run_ranks
 from tests.resume.layouts import (
     AFTER,
@@ -23,7 +24,6 @@ from tests.resume.layouts import (
     whole_state,
 )
 from tests.resume.runs import write_text
-from tests.selection import representatives
 
 BOUND = tolerances(torch.float32, layers=3).loss
 
@@ -50,48 +50,59 @@ def test_a_cycle_through_all_layouts_ends_with_the_bits_it_began_with(
         assert same(whole_state(checkpoint), began), name
 
 
-# Every layout as a target, of every layout's checkpoint. One engine loads them all, one after another.
-@pytest.mark.parametrize(
-    "target",
-    representatives(
-        LAYOUTS,
-        lambda name: (
-            {*(axis for axis in ("tensor", "pipeline", "stage 3", "disk", "one") if axis in name)}
-            or {"plain"}
-        ),
-        cost=lambda name: LAYOUTS[name].ranks,
+PAIRS = [
+    pytest.param(
+        "pipeline 2 x tensor 2, stage 1",
+        ("one device", "stage 3, data 4", "tensor 2 x data 2, sequence, stage 3"),
+        id="some to 3D",
     ),
-)
-def test_the_losses_go_on_from_every_layouts_checkpoint(
-    target: str, every_layout: dict[str, tuple[Path, list[float]]], tmp_path: Path
+    *(pytest.param(target, tuple(LAYOUTS), id=f"all to {target}", marks=pytest.mark.matrix)
+      for target in LAYOUTS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "sources"), PAIRS)
+def test_the_losses_go_on_in_another_layout(
+    target: str, sources: tuple[str, ...], saves: "Saves", tmp_path: Path
 ) -> None:
-    checkpoints = [checkpoint for checkpoint, _ in every_layout.values()]
-    layout = LAYOUTS[target]
-    root = checkpoints[0].parents[2]
-    found = run_ranks(
-        load_each, layout.ranks, recipe(root, target), checkpoints, tmp_path, AFTER, timeout=2000
-    )
-    for number, (source, (checkpoint, expected)) in enumerate(every_layout.items()):
-        assert found[0][number] == pytest.approx(expected, rel=BOUND), f"{source} to {target}"
+    """One engine loads all checkpoints, one after another: whatever it held before is written over."""
+    found = [saves.of(source) for source in sources]
+    checkpoints, values = [checkpoint for checkpoint, _ in found], recipe(saves.folder, target)
+    losses = run_ranks(
+        load_each, LAYOUTS[target].ranks, values, checkpoints, tmp_path, AFTER, timeout=2000
+    )[0]
+    for number, (source, (checkpoint, expected)) in enumerate(zip(sources, found, strict=True)):
+        assert losses[number] == pytest.approx(expected, rel=BOUND), f"{source} to {target}"
         again = whole_state(saved(tmp_path / str(number)))
         assert same(again, whole_state(checkpoint)), f"{source} to {target}"
 
 
+class Saves:
+    """Layouts' checkpoints, and their losses after them; each is made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: dict[str, tuple[Path, list[float]]] = {}
+        write_text(folder / "text")
+
+    def of(self, layout: str) -> tuple[Path, list[float]]:
+        if layout not in self.made:
+            self.made[layout] = _save(self.folder, layout)
+        return self.made[layout]
+
+
 @pytest.fixture(scope="module")
-def every_layout(
-    tmp_path_factory: pytest.TempPathFactory, built_ops: object
-) -> dict[str, tuple[Path, list[float]]]:
-    """Each layout's checkpoint, and its losses after it."""
-    folder = tmp_path_factory.mktemp("layouts")
-    write_text(folder / "text")
-    return {name: _save(folder, name) for name in LAYOUTS}
+def saves(tmp_path_factory: pytest.TempPathFactory, built_ops: object) -> Saves:
+    return Saves(tmp_path_factory.mktemp("layouts"))
 
 
-# A vocabulary and layers that do not divide by the ranks, and a router's bias, which is no parameter.
+# A vocabulary and layers that do not divide by the ranks; adapters, whose model is not saved; and a
+# router's bias, which is no parameter.
 @pytest.mark.parametrize(
     ("model", "layouts"),
     [
         ("uneven", ("tensor 2, stage 1", "one device", "stage 3, data 2", "tensor 2, stage 1")),
+        ("lora", ("stage 2, data 2, optimizer on the CPU", "one device", "stage 3, data 2")),
         pytest.param(
             "buffers",
             ("stage 2, data 4", "stage 3, data 2", "one device"),
@@ -103,14 +114,18 @@ def test_a_transformers_model_goes_through_layouts(
     model: str, layouts: tuple[str, ...], tmp_path: Path
 ) -> None:
     write_text(tmp_path / "text")
-    config = tmp_path / "config.json"
-    longer = {"max_position_embeddings": 32}
-    config.write_text(json.dumps(SIZES | (MODELS | WHOLE_MODELS)[model] | longer))
+    settings: dict[str, Any] = {"path": str(tmp_path / "config.json")}
+    if model == "lora":
+        settings = {"path": str(saved_llama(tmp_path)), "pretrained": True, "lora": LORA}
+    else:
+        values = SIZES | (MODELS | WHOLE_MODELS)[model] | {"max_position_embeddings": 32}
+        (tmp_path / "config.json").write_text(json.dumps(values))
     first, *others = layouts
-    checkpoint, expected = _save(tmp_path, first, path=str(config))
+    checkpoint, expected = _save(tmp_path, first, **settings)
     began = whole_state(checkpoint)
+    assert all("lora_" in name for name, _ in began) == (model == "lora")
     for name in others:
-        folder, values = tmp_path / f"to {name}", recipe(tmp_path, name, path=str(config))
+        folder, values = tmp_path / f"to {name}", recipe(tmp_path, name, **settings)
         (losses,) = run_ranks(load_each, LAYOUTS[name].ranks, values, [checkpoint], folder, AFTER)[
             0
         ]
