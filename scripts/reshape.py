@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, not scripts/
 
 import argparse
+from collections.abc import Sequence
 
 from launch.config.cli_args import add_recipe_arguments
 from launch.errors import UserError
@@ -17,6 +18,13 @@ from launch.runtime.failures import one_line_errors
 
 def main() -> None:
     """Command-line entry point."""
+    arguments = parse_arguments()
+    with one_line_errors():
+        run(arguments)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or `arguments`."""
     parser = argparse.ArgumentParser(
         description="Copy a checkpoint into a new run folder. No layout needs this to resume: "
         "launch/train.py --resume reads what any layout has saved.",
@@ -29,9 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="the ranks that --config is to run on"
     )
-    arguments = parser.parse_args()
-    with one_line_errors():
-        run(arguments)
+    return parser.parse_args(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:

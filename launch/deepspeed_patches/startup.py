@@ -1,6 +1,10 @@
 """Start-up: what DeepSpeed compiles, or prepares to compile, and training never calls."""
 
 import importlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -33,3 +37,25 @@ def import_muon_uncompiled() -> None:
 
     with mock.patch.object(compiler, "compile", lambda: compiler.dummy_decorator):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+@contextmanager
+def vendor_from_proc() -> Iterator[None]:
+    """Within it, DeepSpeed's optimizers for CPUs get the processor's vendor from /proc/cpuinfo.
+
+    Defect: each of them asks py-cpuinfo for the vendor, to warn of fp16 on AMD. That starts processes and
+        takes 1.4 s of CPU time on each rank.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: a function that reads the one line; where there is none, the vendor is unknown to DeepSpeed.
+    Proof: test_startup.py::test_cpu_adam_asks_py_cpuinfo
+    """
+
+    def vendor() -> dict[str, str]:
+        try:
+            found = re.search(r"^vendor_id\s*: (\S+)", Path("/proc/cpuinfo").read_text(), re.M)
+        except OSError:
+            found = None
+        return {"vendor_id_raw": found[1]} if found else {}
+
+    with mock.patch("cpuinfo.get_cpu_info", vendor):
+        yield

@@ -73,6 +73,10 @@ def init_process_group() -> RankInfo:
     # DeepSpeed uses names that torch 2.13 deprecated: a warning per rank and collective.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_op()
+    # Groups that are made later, by us or by DeepSpeed, would wait for a rank that hangs as long as torch
+    # has it: half an hour with gloo.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(torch.distributed.distributed_c10d, name, TIMEOUT)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")

@@ -21,7 +21,7 @@ from launch.deepspeed_patches.stage0 import (
     mark_gradients,
     undo_step_taken_at_construction,
 )
-from launch.deepspeed_patches.startup import import_muon_uncompiled
+from launch.deepspeed_patches.startup import import_muon_uncompiled, vendor_from_proc
 from launch.ds_json.view import optimizer_block, training_dtype, zero_stage
 from launch.runtime.process_group import RankInfo
 from launch.training.build_model import build_model, build_partitioned, build_pipeline
@@ -67,15 +67,16 @@ def build_engine(
     if not train.compile:
         keep_compiler_unloaded()
     keep_tied_parameters_in_their_dtype()
-    engine: DeepSpeedEngine = deepspeed.initialize(
-        model=model,
-        model_parameters=parameter_groups(model),
-        config=ds_config,
-        lr_scheduler=schedule,
-        dist_init_required=False,
-        # A PipelineModule brings its own.
-        mpu=topology if tp.size > 1 and not isinstance(model, GPTPipeline) else None,
-    )[0]
+    with vendor_from_proc():
+        engine: DeepSpeedEngine = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model),
+            config=ds_config,
+            lr_scheduler=schedule,
+            dist_init_required=False,
+            # A PipelineModule brings its own.
+            mpu=topology if tp.size > 1 and not isinstance(model, GPTPipeline) else None,
+        )[0]
     undo_step_taken_at_construction(engine)
     mark_gradients(engine)
     if isinstance(engine, PipelineEngine):

@@ -115,6 +115,18 @@ def test_nothing_outlives_the_launcher(
     assert len(read_metrics(tmp_path / "run/metrics.jsonl")) >= 1
 
 
+@pytest.mark.matrix
+def test_a_rank_that_hangs_ends_the_run_at_the_time_limit(recipe: Path, tmp_path: Path) -> None:
+    env = {"DEEPSPEED_TIMEOUT": "1"}  # minutes
+    with started(train_command(recipe, LONG, ranks=2), env) as process:
+        wait_for(process, "step 1/")
+        send(ranks_of(process.pid)[1], signal.SIGSTOP)
+        output, _ = process.communicate(timeout=GONE_WITHIN_SECONDS)
+    assert process.returncode != 0
+    assert "another rank" in Ended(process.returncode, output).error()
+    assert newest_complete(RunDir(tmp_path / "run"))[1] == []
+
+
 def test_ctrl_c_is_one_line(recipe: Path, tmp_path: Path) -> None:
     with started([*train_command(recipe, LONG)]) as process:
         read = wait_for(process, "step 1/")
@@ -164,6 +176,12 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe: Path, tmp_path: Path) ->
 
 FILES = {
     "checkpoint": (100_000, (), ("checkpoint of step 2", "make room", "--resume auto")),
+    # Training goes on for two steps before the next save tells of it.
+    "checkpoint in the background": (
+        100_000,
+        ("checkpoint.asynchronous=true",),
+        ("checkpoint of step 2", "make room", "--resume auto"),
+    ),
     "metrics": (6_000, ("checkpoint.every=0", "train.steps=60"), ("metrics.jsonl", "cannot write")),
     "weights": (100_000, ("checkpoint.every=0",), ("model.safetensors", "cannot write")),
     "any other": (500, (), ("File too large", "file size limit")),
@@ -179,7 +197,7 @@ def test_a_file_that_cannot_grow_is_told_in_one_line(recipe: Path, tmp_path: Pat
         line = ended.error()
         assert ended.code == 2
         assert all(word in line for word in words), line
-        steps = [r["step"] for r in read_metrics(folder / "metrics.jsonl")]
+        steps = [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
         assert steps == list(range(1, len(steps) + 1)) or name == "weights"
         assert not list(folder.glob("checkpoints/.saving_*"))
         assert not (folder / "model.safetensors").exists()

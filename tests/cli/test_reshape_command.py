@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.errors import UserError
 from launch.paths import ROOT
+from scripts import reshape as command
 from tests.cli.commands import Ended, run, train_forked, write_recipe
 from tests.resume.layouts import same, whole_state
 from tests.resume.runs import steps_logged
@@ -57,15 +59,23 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path) -> None:
     recipe = trained / "small.yaml"
     line = reshape(trained / "run", trained / "run").error()
     assert "holds a run already; name a new folder" in line
-    assert "no complete checkpoint" in reshape(_run_without(tmp_path), tmp_path / "out").error()
-    other = reshape(trained / "run", tmp_path / "out", "--config", recipe, "--set", "train.seed=7")
-    assert "train.seed was 1234 and is 7" in other.error()
-    assert "no readable manifest.json" in reshape(tmp_path, tmp_path / "out").error()
+    out = tmp_path / "out"
+    assert "no complete checkpoint" in rejected(_run_without(tmp_path), out)
+    other = rejected(trained / "run", out, "--config", recipe, "--set", "train.seed=7")
+    assert "train.seed was 1234 and is 7" in other
+    assert "no readable manifest.json" in rejected(tmp_path, out)
     damaged = tmp_path / "damaged"
     shutil.copytree(trained / "run/checkpoints/step_00000004", damaged)
     (damaged / "state_rank0001_000.safetensors").unlink()
-    assert "state_rank0001_000.safetensors is missing" in reshape(damaged, tmp_path / "out").error()
-    assert not (tmp_path / "out").exists()
+    assert "state_rank0001_000.safetensors is missing" in rejected(damaged, out)
+    assert not out.exists()
+
+
+def rejected(*arguments: str | Path) -> str:
+    """What the command would print, without a process of its own."""
+    with pytest.raises(UserError) as error:
+        command.run(command.parse_arguments([str(argument) for argument in arguments]))
+    return str(error.value)
 
 
 def _run_without(folder: Path) -> Path:

@@ -50,3 +50,27 @@ def compiled_for_an_engine_with_adamw() -> list[str]:
 def test_an_engine_without_muon_compiles_its_kernels() -> None:
     [compiled] = run_ranks(compiled_for_an_engine_with_adamw, 1)
     assert "muon_update" in compiled, repaired("startup.import_muon_uncompiled")
+
+
+def vendor_for_cpu_adam() -> tuple[int, str, str]:
+    """How often the optimizer asks py-cpuinfo, the vendor that it is told, and the one that we tell it."""
+    import cpuinfo
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    from launch.deepspeed_patches.startup import vendor_from_proc
+    from launch.ops.builder import build_ops
+
+    build_ops(("cpu_adam",), print)
+    told = cpuinfo.get_cpu_info()
+    with mock.patch("cpuinfo.get_cpu_info", return_value=told) as asked:
+        raw = DeepSpeedCPUAdam([torch.zeros(1, requires_grad=True)])
+    with vendor_from_proc():
+        ours = DeepSpeedCPUAdam([torch.zeros(1, requires_grad=True)])
+    return asked.call_count, raw.cpu_vendor, ours.cpu_vendor
+
+
+def test_cpu_adam_asks_py_cpuinfo(built_ops: object) -> None:
+    [(asked, raw, ours)] = run_ranks(vendor_for_cpu_adam, 1)
+    assert asked == 1, repaired("startup.vendor_from_proc")
+    assert ours == raw
