@@ -160,12 +160,12 @@ def each_shard_drawn_by_itself() -> None:
     """Initial weights: a rank draws as much as it holds, from a seed of its own."""
     from launch.training import build_model
 
-    right = vars(build_model)["initialize"]
+    right = vars(build_model)["initialize_parameters"]
 
-    def wrong(model: Any, seed: int, *gather: Any) -> None:
-        right(model, seed + int(os.environ["RANK"]), *gather)
+    def wrong(parameters: Any, config: Any, seed: int, *gather: Any) -> None:
+        right(parameters, config, seed + int(os.environ["RANK"]), *gather)
 
-    plant(build_model, "initialize", wrong)
+    plant(build_model, "initialize_parameters", wrong)
 
 
 def padding_counted_as_words() -> None:
