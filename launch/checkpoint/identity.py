@@ -110,9 +110,15 @@ def _layout_change(
     parts += [
         f"{key} {old!r} becomes {new!r}"
         for key, (old, new) in changed.items()
-        if _under(key, HOW) and key not in ("parallel.tensor", "parallel.pipeline")
+        if key not in ("parallel.tensor", "parallel.pipeline") and not _tunes(key)
     ]
     return "; ".join(parts) or None
+
+
+def _tunes(key: str) -> bool:
+    """Whether a key sets sizes and options of ZeRO, as opposed to its stage or what it offloads."""
+    block, _, name = key.rpartition("zero_optimization.")
+    return bool(block) and name != "stage" and not name.startswith("offload_")
 
 
 def _grid(manifest: dict[str, Any]) -> str:
