@@ -73,6 +73,7 @@ class Saver:
         self._staging: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
+        self._defect: BaseException | None = None
 
     def save(self, step: int) -> None:
         """Write `checkpoints/step_<step>` and keep only the newest; `step` counts finished steps.
@@ -96,7 +97,7 @@ class Saver:
         if self.asynchronous:
             staged = list(copied)
             self._thread = threading.Thread(
-                target=self._write_and_commit, args=(step, Path(folder), staged, rest)
+                target=self._in_background, args=(step, Path(folder), staged, rest)
             )
             self._thread.start()
         else:
@@ -115,6 +116,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._defect:
+            raise self._defect
         if self._failure:
             raise UserError(self._failure)
 
@@ -147,6 +150,13 @@ class Saver:
             "buffers": {n: b.to("cpu", copy=True).contiguous() for n, b in buffers.items()},
             "engine": counters(self.engine),
         }
+
+    def _in_background(self, *work: Any) -> None:
+        """Keep what `_write_and_commit` raises, for `finish`: a thread's error is printed and forgotten."""
+        try:
+            self._write_and_commit(*work)
+        except BaseException as error:
+            self._defect = error
 
     def _write_and_commit(
         self, step: int, folder: Path, pieces: Iterable[Piece], rest: dict[str, Any]

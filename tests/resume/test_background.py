@@ -52,3 +52,30 @@ def test_it_is_the_state_of_its_step(tmp_path: Path) -> None:
             saved(tmp_path / way).with_name(f"step_{step:08d}") for way in ("waited for", "behind")
         ]
         assert same(*map(whole_state, folders)), step
+
+
+def _save_with_a_defect(values: dict[str, Any], folder: Path) -> str:
+    """What `finish` raises when the thread that writes has met an error that nobody expected."""
+    from launch.checkpoint import save
+    from launch.training.setup import local_engine
+    from launch.training.train_step import train_step
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a defect of ours")
+
+    plant(save, "write_pieces", broken)
+    with local_engine(values, folder) as local:
+        train_step(local.engine, local.batch(0))
+        behind = saver(local, folder, asynchronous=True)
+        behind.save(1)
+        try:
+            behind.finish()
+        except ZeroDivisionError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_an_error_of_the_thread_ends_the_run(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    found = run_ranks(_save_with_a_defect, 2, recipe(tmp_path, NAME), tmp_path)
+    assert found == ["a defect of ours"] * 2
