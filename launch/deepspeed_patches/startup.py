@@ -2,9 +2,11 @@
 
 import importlib
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -46,7 +48,8 @@ def vendor_from_proc() -> Iterator[None]:
     Defect: each of them asks py-cpuinfo for the vendor, to warn of fp16 on AMD. That starts processes and
         takes 1.4 s of CPU time on each rank.
     Versions: DeepSpeed 0.19.8.
-    Workaround: a function that reads the one line; where there is none, the vendor is unknown to DeepSpeed.
+    Workaround: a module in its place, which reads the one line; where there is none, the vendor is unknown
+        to DeepSpeed. py-cpuinfo is not imported: that, too, starts processes.
     Proof: test_startup.py::test_cpu_adam_asks_py_cpuinfo
     """
 
@@ -57,5 +60,13 @@ def vendor_from_proc() -> Iterator[None]:
             found = None
         return {"vendor_id_raw": found[1]} if found else {}
 
-    with mock.patch("cpuinfo.get_cpu_info", vendor):
+    stand_in: Any = ModuleType("cpuinfo")
+    stand_in.get_cpu_info = vendor
+    before = sys.modules.get("cpuinfo")
+    sys.modules["cpuinfo"] = stand_in
+    try:
         yield
+    finally:
+        del sys.modules["cpuinfo"]
+        if before is not None:
+            sys.modules["cpuinfo"] = before
