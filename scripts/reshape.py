@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: if the checkpoint is damaged, of another run than the recipe, or OUT is in use.
     """
     from launch.checkpoint.manifest import newest_complete, read_manifest
-    from launch.checkpoint.whole import reshape
+    from launch.checkpoint.whole import check_complete, reshape
     from launch.runtime.run_dir import RunDir
 
     path: Path = arguments.checkpoint.expanduser().absolute()
@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{path}: no complete checkpoint ({'; '.join(damaged) or 'none saved'})"
             )
         path = newest
+    else:
+        check_complete(path)
     if arguments.config:
         print(_change(arguments, path))
     copy = reshape(path, RunDir(arguments.out.expanduser().absolute()))
@@ -71,14 +73,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _change(arguments: argparse.Namespace, checkpoint: Path) -> str:
     from launch.checkpoint.identity import check, identity
-    from launch.checkpoint.manifest import find_damage, read_manifest
+    from launch.checkpoint.manifest import read_manifest
     from launch.config.layout import plan_layout
     from launch.config.load import load_recipe
     from launch.config.resolve import resolve
 
-    wrong = find_damage(checkpoint, checksums=False)
-    if wrong:
-        raise UserError(f"{checkpoint}: not a complete checkpoint: {wrong}; name another one")
     recipe = load_recipe(arguments.config, arguments.set)
     layout = plan_layout(recipe, arguments.ranks or recipe.parallel.model_parallel_size)
     manifest = read_manifest(checkpoint)

@@ -100,7 +100,7 @@ def cut_of(parameter: nn.Parameter, topology: Topology) -> Cut:
 
 
 def held_state(
-    engine: DeepSpeedEngine, topology: Topology, wanted: "Wanted | None" = None
+    engine: DeepSpeedEngine, topology: Topology, wanted: Wanted | None = None
 ) -> Iterator[list[Run]]:
     """Everything this rank holds, a list at a time: what fits into memory together.
 
@@ -141,7 +141,7 @@ def _whole(
     groups: list[list[nn.Parameter]],
     masters: list[list[Tensor]],
     names: _Names,
-    wanted: "Wanted | None",
+    wanted: Wanted | None,
 ) -> Iterator[list[Run]]:
     """Stage 0: every tensor whole; `masters` are the fp32 weights, or the parameters themselves."""
     for group, wide in zip(groups, masters, strict=True):
@@ -163,7 +163,7 @@ def _flat(
     groups: list[list[Any]],
     masters: list[Tensor],
     names: _Names,
-    wanted: "Wanted | None",
+    wanted: Wanted | None,
 ) -> Iterator[list[Run]]:
     """ZeRO-1 and 2: a group's parameters one after another, and a part of that on each rank."""
     for group, master in zip(groups, masters, strict=True):
@@ -182,7 +182,7 @@ def _flat(
 
 
 def _stage3(
-    optimizer: DeepSpeedZeroOptimizer_Stage3, names: _Names, wanted: "Wanted | None"
+    optimizer: DeepSpeedZeroOptimizer_Stage3, names: _Names, wanted: Wanted | None
 ) -> Iterator[list[Run]]:
     """ZeRO-3: a part of each parameter on each rank; sub-groups of parameters, also on a disk."""
     optimizer.checkpoint_event_prologue()

@@ -3,12 +3,8 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from launch.checkpoint.folder import commit, prepare
-from launch.checkpoint.held_state import WEIGHT
 from launch.checkpoint.manifest import find_damage, read_manifest
 from launch.checkpoint.pieces import Contents, Piece, PieceReader, write_pieces
 from launch.checkpoint.regions import Box
@@ -16,8 +12,8 @@ from launch.errors import UserError
 from launch.runtime.run_dir import RunDir
 
 
-def open_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], PieceReader]:
-    """The manifest and a reader of a checkpoint's folder.
+def check_complete(checkpoint: Path) -> None:
+    """Check a checkpoint that was named; `newest_complete` has checked what it returns.
 
     Raises:
         UserError: if it is none, or is damaged.
@@ -25,33 +21,21 @@ def open_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], PieceReader]:
     wrong = find_damage(checkpoint)
     if wrong:
         raise UserError(f"{checkpoint}: not a complete checkpoint: {wrong}; name another one")
-    manifest = read_manifest(checkpoint)
-    return manifest, PieceReader(checkpoint, manifest)
-
-
-def whole_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter's fp32 weight by its canonical name, one in memory at a time.
-
-    Raises:
-        UserError: as `open_checkpoint`.
-    """
-    _, reader = open_checkpoint(checkpoint)
-    for name in reader.tensors:
-        yield name, reader.whole(name, WEIGHT)
 
 
 def reshape(checkpoint: Path, run: RunDir) -> Path:
-    """Copy a checkpoint into a new run folder, with every parameter in one piece.
+    """Copy a complete checkpoint into a new run folder, with every parameter in one piece.
 
     Any layout reads what any other has saved; the copy has a few large files in the place of some for
     each rank that saved it. Returns the new checkpoint's folder.
 
     Raises:
-        UserError: if the checkpoint is damaged, or the folder holds a run.
+        UserError: if the folder holds a run.
     """
     if run.checkpoints.exists() or run.metrics.exists():
         raise UserError(f"{run.path}: holds a run already; name a new folder")
-    manifest, reader = open_checkpoint(checkpoint)
+    manifest = read_manifest(checkpoint)
+    reader = PieceReader(checkpoint, manifest)
     folder, contents = prepare(run, manifest["step"]), Contents()
     write_pieces(_whole_pieces(reader), folder, "state", contents)
     for name in manifest["files"]:

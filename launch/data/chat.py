@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launch.config.schema import Data
-from launch.data.sources import Cell
+from launch.data.sources import Cell, without_surrogates
 from launch.data.token_file import ANSWER, FIRST, FLAGS, SplitWriter
 from launch.data.tokenizer import Ids, Tokenizer
 from launch.errors import UserError
@@ -169,7 +169,13 @@ def check_messages(place: str, value: Any) -> Messages:
                     f"data.source: {place}: the {key} of message {number} is "
                     f"{_kind(message.get(key))}, not text; change the row"
                 )
-        messages.append({k: _clean(v) for k, v in message.items() if v is not None})
+        messages.append(
+            {
+                k: without_surrogates(v) if isinstance(v, str) else v
+                for k, v in message.items()
+                if v is not None
+            }
+        )
     if all(message["role"] != ASSISTANT for message in messages):
         roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
         raise UserError(
@@ -183,11 +189,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-def _clean(value: Any) -> Any:
-    # JSON can escape a lone surrogate, which cannot be encoded as UTF-8.
-    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def tokenize(

@@ -209,8 +209,12 @@ def _as_text(data: Data, place: str, value: Any) -> str:
             f"data.text_field: '{data.text_field}' of {place} is {type(value).__name__}, "
             "not text; name another column"
         )
-    # JSON can escape a lone surrogate, which cannot be encoded as UTF-8.
-    return (value or "").encode(errors="replace").decode()
+    return without_surrogates(value or "")
+
+
+def without_surrogates(text: str) -> str:
+    """Text that can be encoded as UTF-8: JSON can escape a lone surrogate, which cannot be."""
+    return text.encode(errors="replace").decode()
 
 
 def _check_field(columns: Iterable[str], data: Data, where: str) -> str:

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.checkpoint.held_state import WEIGHT
-from launch.checkpoint.manifest import BUFFERS, MANIFEST, newest_complete
+from launch.checkpoint.manifest import BUFFERS, MANIFEST, newest_complete, read_manifest
+from launch.checkpoint.pieces import PieceReader
 from launch.checkpoint.safetensors_io import INDEX
-from launch.checkpoint.whole import open_checkpoint
+from launch.checkpoint.whole import check_complete
 from launch.config.schema import GPTModel, Recipe
 from launch.errors import UserError
 from launch.hf.config import read_object
@@ -137,6 +138,7 @@ def weights_of(path: Path) -> Weights:
         UserError: if there are none, they are damaged, or not those of the run's model.
     """
     if (path / MANIFEST).is_file():
+        check_complete(path)
         return _of_checkpoint(path, path.absolute().parent.parent)
     run = newest_finished(path)
     if not any(run.glob("model*.safetensors")):
@@ -160,7 +162,7 @@ def weights_of(path: Path) -> Weights:
 def _of_checkpoint(checkpoint: Path, run: Path) -> Weights:
     """Its master weights in fp32, and the buffers of a model of family hf in their own dtypes."""
     recipe = read_settings(run)
-    _, reader = open_checkpoint(checkpoint)
+    reader = PieceReader(checkpoint, read_manifest(checkpoint))
     buffers = load_file(checkpoint / BUFFERS) if (checkpoint / BUFFERS).is_file() else {}
     found = {name: reader.shape(name) for name in reader.tensors}
     found |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}

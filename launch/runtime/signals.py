@@ -74,11 +74,18 @@ def _command_line(pid: int) -> str:
 
 
 def _parent(pid: int) -> int | None:
+    found = _state_and_parent(pid)
+    return int(found[1]) if found else None
+
+
+def _state_and_parent(pid: int) -> tuple[str, str] | None:
+    """A process's state (Z: it has ended) and its parent's pid; None if there is no such process."""
     try:
         # The name in parentheses may itself contain spaces and parentheses.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
+    return state, parent
 
 
 def install_signal_handlers() -> None:
@@ -131,11 +138,5 @@ def _every_rank_lives() -> bool:
         children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     except OSError:  # the kernel has no such list
         return True
-    return len([pid for pid in children if _state(int(pid)) not in (None, "Z")]) >= ranks
-
-
-def _state(pid: int) -> str | None:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return None
+    found = [_state_and_parent(int(pid)) for pid in children]
+    return len([child for child in found if child and child[0] != "Z"]) >= ranks

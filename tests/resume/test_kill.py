@@ -146,7 +146,9 @@ def test_a_save_cut_short_costs_no_more_than_the_steps_since_the_last(
     recipe = _recipe(whole, "unused", asynchronous)
     recipe["run"]["dir"] = str(tmp_path / "run")
     # The one that dies, or the one that misses it first.
-    with pytest.raises((RankDiedError, RuntimeError), match=r"-9|Connection (closed|reset)|Broken pipe"):
+    with pytest.raises(
+        (RankDiedError, RuntimeError), match=r"-9|Connection (closed|reset)|Broken pipe"
+    ):
         run_ranks(_train, 2, recipe, phase)
     run = RunDir(tmp_path / "run")
     newest, _ = newest_complete(run)
