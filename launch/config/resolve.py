@@ -26,6 +26,8 @@ _OWNED_BY_RECIPE = {
 }
 # DeepSpeed's progress lines cannot be turned off; our own metrics replace them.
 _NEVER_PRINT = 10**9
+# Its own measurement of throughput waits for the GPU twice in every micro batch.
+_NO_TIMER = {"timers": {"throughput": {"enabled": False}}}
 _SHOWN_ERRORS = 3
 _WRONG_VALUES = {"wrong-value", "unchecked-value", "old-form", "auto"}
 
@@ -53,6 +55,7 @@ def resolve(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     config["gradient_accumulation_steps"] = layout.accumulation
     config["train_batch_size"] = layout.global_batch
     config["steps_per_print"] = _NEVER_PRINT
+    config = merge(_NO_TIMER, config)
     errors = [finding for finding in _lint(config, layout) if finding.level == "error"]
 
     def stop_at(found: list[Finding]) -> None:

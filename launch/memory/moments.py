@@ -106,7 +106,7 @@ class Step:
             if partitioned
             else Gathered.none(),
             kind=wrapper(ds_config),
-            whole_graph=compiled(recipe, ds_config) == "model",
+            whole_graph=compiled(recipe, layout, ds_config) == "model",
             checkpointing=recipe.model.checkpoint_activations,
             product=precision(ds_config).product,
             bucket=int(zero_block(ds_config).get("reduce_bucket_size", 500_000_000)),
@@ -170,11 +170,14 @@ class Step:
             "the update": self._parts(self.state.gradients, 0, 0, self._update(), 0),
         }
         if self.kind == "bf16":
-            # A pipeline's other micro batches are there while a gradient is widened to be added.
+            # A pipeline's other micro batches are there while the last gradient is added.
             others = micro - kept.kept
-            widened = 4.0 * max(shape.numel for shape in self.shapes)
             found["the addition of gradients"] = self._parts(
-                self.state.gradients, others, logits - kept.logits - done, widened, 0
+                self.state.gradients + 2.0 * max(shape.numel for shape in self.shapes),
+                others,
+                logits - kept.logits - done,
+                0,
+                0,
             )
         if self.whole_graph:
             # The embedding's gradient is added up in fp32; the compiler keeps what was the logits'.

@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from launch.ds_json.view import (
     accumulation_dtype,
+    block,
     dtype_name,
     is_enabled,
     offload_device,
     optimizer_block,
+    switched_on,
     zero_block,
     zero_stage,
 )
@@ -124,10 +126,14 @@ def _groups(shapes: Sequence[Shape]) -> list[int]:
 
 
 def _bf16(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> State:
-    """BF16_Optimizer: gradients whole in fp32, and those of one backward pass whole in bf16."""
+    """BF16_Optimizer: gradients whole in fp32, and those of one backward pass whole in bf16.
+
+    With `immediate_grad_update`, each of the latter is let go when it has been added to the former.
+    """
     groups = [_padded(n, 2 * data) for n in _groups(shapes)]
     n = sum(groups)
-    low = 2 * count(shapes)
+    immediate = switched_on(block(ds_config, "bf16").get("immediate_grad_update"))
+    low = 0 if immediate else 2 * count(shapes)
     return State(
         weights=2 * n,
         optimizer=_FP32 * n // data + _states_of_optimizer(ds_config, n // data, len(groups)),

@@ -14,6 +14,8 @@ from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.deepspeed_patches.autocast import keep_tied_parameters_in_their_dtype
 from launch.deepspeed_patches.autotp import check_plan, expose_tp_plan
+from launch.deepspeed_patches.bf16_optimizer import add_gradients_without_a_copy
+from launch.deepspeed_patches.host_overhead import ask_for_streams_by_device, mark_no_ranges
 from launch.deepspeed_patches.pipeline import sum_tied_gradients_where_they_are, use_schedule
 from launch.deepspeed_patches.stage0 import (
     count_each_parameter_once,
@@ -67,6 +69,8 @@ def build_engine(
     if not train.compile:
         keep_compiler_unloaded()
     keep_tied_parameters_in_their_dtype()
+    mark_no_ranges()
+    ask_for_streams_by_device()
     with vendor_from_proc():
         engine: DeepSpeedEngine = deepspeed.initialize(
             model=model,
@@ -78,6 +82,7 @@ def build_engine(
             mpu=topology if tp.size > 1 and not isinstance(model, GPTPipeline) else None,
         )[0]
     undo_step_taken_at_construction(engine)
+    add_gradients_without_a_copy(engine)
     mark_gradients(engine)
     if isinstance(engine, PipelineEngine):
         use_schedule(engine, recipe.parallel.schedule)
@@ -86,5 +91,5 @@ def build_engine(
         count_each_parameter_once(engine, topology)
         keep_grad_norm(engine)
     if train.compile:
-        compile_engine(engine, tp.size)
+        compile_engine(engine, topology.grid)
     return engine

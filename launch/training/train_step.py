@@ -38,7 +38,8 @@ def train_step(engine: DeepSpeedEngine, batch: Batch) -> StepResult:
     data_size = dist.get_world_size(engine.data_parallel_group)
     denominator = batch.total_weight / (len(batch) * data_size)
     if isinstance(engine, PipelineEngine):
-        loss = float(engine.train_batch(pipeline_inputs(batch.micro_batches(), denominator)))
+        micro_batches = (micro_batch.to(engine.device) for micro_batch in batch.micro_batches())
+        loss = float(engine.train_batch(pipeline_inputs(micro_batches, denominator)))
     else:
         loss_sum = torch.zeros((), device=engine.device)
         for micro_batch in batch.micro_batches():
