@@ -148,6 +148,20 @@ def parameters_by_layer(config: GPTConfig) -> list[tuple[str, int]]:
     return [*chain, ("norm", norm), ("output", c.vocab * c.hidden)]
 
 
+def flops_by_layer(config: GPTConfig) -> list[int]:
+    """FLOPs per token of each layer of the same chain, counted as in `flops_per_token`.
+
+    For sequences as long as the context. Embeddings and norms count as none.
+    """
+    c = config
+    attention = 12 * c.heads * c.head_dim * c.context
+    costs = {"block": 6, "output": 6}
+    return [
+        costs.get(name, 0) * size + (attention if name == "block" else 0)
+        for name, size in parameters_by_layer(c)
+    ]
+
+
 def count_parameters(config: GPTConfig) -> int:
     """Number of trainable parameters; tied weights count once."""
     twice = config.vocab * config.hidden if config.tied else 0

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import accumulate
 from math import inf
 
-from models.config import GPTConfig, parameters_by_layer
+from models.config import GPTConfig, flops_by_layer, parameters_by_layer
 
 
 def ideal_bubble(schedule: str, stages: int, micro_batches: int) -> float:
@@ -32,9 +32,9 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
     Args:
         config: the model; its chain has `layers + 4` layers.
         stages: the pipeline parallel size.
-        partition: "parameters" makes the largest stage as small as possible, "uniform" gives each
-            stage equally many layers, and "type:REGEX" equally many layers whose name
-            (`models.config`) matches.
+        partition: "parameters" makes the largest stage as small as possible, "flops" the slowest as
+            fast, "uniform" gives each stage equally many layers, and "type:REGEX" equally many layers
+            whose name (`models.config`) matches.
 
     Raises:
         ValueError: if the partition is none of these, its REGEX matches fewer layers than there are
@@ -44,6 +44,8 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
     sizes = [size for _, size in layers]
     if partition == "parameters":
         bounds = list(_balanced(tuple(sizes), stages))
+    elif partition == "flops":
+        bounds = list(_balanced(tuple(flops_by_layer(config)), stages))
     elif partition == "uniform":
         bounds = uniform_bounds(len(layers), stages)
     elif partition.startswith("type:"):
@@ -59,7 +61,7 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
             )
         bounds = balanced_bounds(matches, stages)
     else:
-        raise ValueError(f"'{partition}' is not parameters, uniform or type:REGEX")
+        raise ValueError(f"'{partition}' is not parameters, flops, uniform or type:REGEX")
     for stage in range(stages):
         if not sum(sizes[bounds[stage] : bounds[stage + 1]]):
             raise ValueError(f"stage {stage} of {stages} would have nothing to train")

@@ -226,7 +226,7 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
         bounds = stage_bounds(model.shape, layout.grid["pipeline"], recipe.parallel.partition)
     except ValueError as error:
         raise UserError(
-            f"parallel.partition: {error}; use parameters, uniform or type:block, or fewer stages"
+            f"parallel.partition: {error}; use parameters, flops, uniform or type:block, or fewer stages"
         ) from None
     # What tensor ranks above 0 then have is counted elsewhere: a norm on rank 0, tied weights on stage 0.
     without_block = bounds[-2] >= model.shape.layers + 2

@@ -141,7 +141,7 @@ class Parallel(_Block):
 
     `sequence` is Megatron's sequence parallelism over the tensor ranks. `schedule` orders the
     pipeline's passes (`models/pipeline_schedules.py`), and `partition` splits its layers into
-    stages: parameters, uniform or type:REGEX (`models/pipeline.py`). Every axis of
+    stages: parameters, flops, uniform or type:REGEX (`models/pipeline_stages.py`). Every axis of
     `models/parallel/grid.py` except the data axis has a field of the same name.
     """
 

@@ -8,7 +8,14 @@ from random import Random
 import pytest
 import torch
 
-from models.config import SIZES, GPTConfig, count_parameters, parameters_by_layer
+from models.config import (
+    SIZES,
+    GPTConfig,
+    count_parameters,
+    flops_by_layer,
+    flops_per_token,
+    parameters_by_layer,
+)
 from models.gpt import GPT
 from models.parallel.topology import ONE_RANK
 from models.pipeline import layer_specs
@@ -67,9 +74,20 @@ def test_by_parameters_the_largest_stage_is_as_small_as_can_be(
     assert largest(config, bounds) == smallest_possible(config, stages)
 
 
-@pytest.mark.parametrize("partition", ["parameters", "uniform", "type:block"])
+@pytest.mark.parametrize("partition", ["parameters", "flops", "uniform", "type:block"])
 def test_bounds_are_plain_integers(partition: str) -> None:
     assert json.loads(json.dumps(stage_bounds(TINY, 2, partition))) == [0, 4, 8]
+
+
+def test_by_flops_the_output_projection_counts_and_the_embedding_does_not() -> None:
+    """On two H100s, 13 blocks and 11 beside the projection were fastest (recipes/BENCHMARKS.md)."""
+    bounds = stage_bounds(SIZES["1b3"], 2, "flops")
+    assert per_stage(SIZES["1b3"], bounds, "block") == [13, 11]
+    assert per_stage(SIZES["1b3"], stage_bounds(SIZES["1b3"], 2, "parameters"), "block") == [12, 12]
+    config = replace(LLAMA, vocab=1024)
+    assert sum(flops_by_layer(config)) == pytest.approx(
+        flops_per_token(config, config.context), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("layers", [4, 5, 6, 7])
@@ -103,8 +121,8 @@ def test_a_large_vocabulary_weighs_as_it_should() -> None:
 @pytest.mark.parametrize(
     ("partition", "message"),
     [
-        ("best", "'best' is not parameters, uniform or type:REGEX"),
-        ("type", "'type' is not parameters, uniform or type:REGEX"),
+        ("best", "'best' is not parameters, flops, uniform or type:REGEX"),
+        ("type", "'type' is not parameters, flops, uniform or type:REGEX"),
         ("type:(", r"'\(' is no regular expression"),
         (
             "type:mlp",
