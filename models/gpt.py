@@ -132,6 +132,18 @@ class Output(ColumnParallelLinear):
         )
 
 
+class Loss(nn.Module):
+    """The loss from vocab-parallel logits. A module, so that it can be compiled by itself."""
+
+    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        self.vocab, self.group = config.vocab, tp.group
+
+    def forward(self, logits: Tensor, labels: Tensor, loss_weights: Tensor | None) -> Tensor:
+        """`[batch, sequence, ceil(vocab / ranks)]` and `[batch, sequence]` to the summed loss."""
+        return vocab_parallel_cross_entropy(logits, labels, loss_weights, self.vocab, self.group)
+
+
 class GPT(nn.Module):
     """The decoder: embedding, blocks, a final norm, and the projection onto the vocabulary.
 
@@ -152,6 +164,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, tp) for _ in range(config.layers))
         self.norm = make_norm(config, tp)
         self.output = Output(config, tp)
+        self.loss = Loss(config, tp)
         if config.tied:
             self.output.weight = self.embedding.token.weight
 
@@ -176,9 +189,8 @@ class GPT(nn.Module):
         logits: Tensor = self.output(self.norm(x))
         if labels is None:
             return gather_from_group(logits, -1, self.tp.group)[..., : self.config.vocab]
-        return vocab_parallel_cross_entropy(
-            logits, labels, loss_weights, self.config.vocab, self.tp.group
-        )
+        loss: Tensor = self.loss(logits, labels, loss_weights)
+        return loss
 
 
 def run_block(block: nn.Module, x: Tensor, inputs: AttentionInputs, recompute: bool) -> Tensor:

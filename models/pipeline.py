@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from models.attention import attention_inputs
 from models.config import GPTConfig
-from models.gpt import Block, Output, Position, run_block
+from models.gpt import Block, Loss, Output, Position, run_block
 from models.norms import norm_class
-from models.parallel.cross_entropy import vocab_parallel_cross_entropy
 from models.parallel.grid import Grid
 from models.parallel.tensor_parallel import VocabParallelEmbedding, column_parallel
 from models.parallel.topology import TensorParallel
@@ -90,6 +89,7 @@ class GPTPipeline(PipelineModule):
             ),
             loss_fn=self.loss,
         )
+        self.summed_loss = Loss(config, tp)
 
     def forward(self, sent: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """Run this stage's layers; replaces DeepSpeed's own loop over them.
@@ -122,9 +122,7 @@ class GPTPipeline(PipelineModule):
         those weights `[batch, sequence]`.
         """
         labels, denominator, *weights = target
-        total = vocab_parallel_cross_entropy(
-            logits, labels, weights[0] if weights else None, self.config.vocab, self.tp.group
-        )
+        total: Tensor = self.summed_loss(logits, labels, weights[0] if weights else None)
         return total / denominator
 
     def _partition_layers(self, method: str = "") -> None:

@@ -39,6 +39,11 @@ class Layout:
         return f", lowered from {self.lowered_from} to divide the {share} sequences of a rank"
 
 
+def compiled_as_whole(grid: Grid, stage: int) -> bool:
+    """Whether torch.compile sees the whole model, and not each block: `launch/training/compile.py`."""
+    return grid["pipeline"] == 1 and (stage < 2 or (stage == 2 and grid["data"] == 1))
+
+
 def plan_layout(recipe: Recipe, world_size: int) -> Layout:
     """Split the ranks over the axes of the grid, and the global batch into micro batches.
 

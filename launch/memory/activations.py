@@ -7,7 +7,7 @@ The terms were found with torch 2.11 on GPUs (fused attention and norms) and are
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from launch.config.layout import Layout
+from launch.config.layout import Layout, compiled_as_whole
 from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import is_enabled, zero_stage
 from launch.memory.shapes import stage_shapes
@@ -40,12 +40,11 @@ def precision(ds_config: dict[str, Any]) -> Precision:
     return Precision(2, 4) if is_enabled(ds_config, "torch_autocast") else Precision(4, 4)
 
 
-def compiled(recipe: Recipe, ds_config: dict[str, Any]) -> Compiled:
+def compiled(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> Compiled:
     """What torch.compile sees as one graph: `launch/training/compile.py`."""
     if not recipe.train.compile:
         return "no"
-    whole = recipe.parallel.pipeline == 1 and zero_stage(ds_config) < 3
-    return "model" if whole else "blocks"
+    return "model" if compiled_as_whole(layout.grid, zero_stage(ds_config)) else "blocks"
 
 
 def block_bytes(
@@ -140,7 +139,7 @@ def activations(
     c, tensor = recipe.model.shape, layout.grid["tensor"]
     tokens = layout.micro_batch * recipe.data.sequence_length
     sequence_parallel = recipe.parallel.sequence
-    element, graph = precision(ds_config), compiled(recipe, ds_config)
+    element, graph = precision(ds_config), compiled(recipe, layout, ds_config)
     hidden = c.hidden / tensor if sequence_parallel else c.hidden
     again = recipe.model.checkpoint_activations
     blocks = max(0, min(last, c.layers + 2) - max(first, 2))
@@ -160,7 +159,11 @@ def activations(
     pipeline = layout.grid["pipeline"] > 1
     sent = element.product * -(-c.vocab // tensor) if head else element.stream * hidden
     if pipeline and head:
-        loss_forward -= sent  # the logits, which the engine keeps anyway
+        # The logits, which the engine keeps anyway.
+        if graph == "no":
+            loss_forward -= sent
+        else:
+            logits -= sent
     casts = casts_forward = 0.0
     if element.casts:
         matrices = [s for s in stage_shapes(c, tensor, first, last) if s.matrix]
@@ -199,12 +202,15 @@ def _loss(
 
     In units of this rank's logits: eager, 4 bytes of log-probabilities stay; the forward pass adds the
     logits and 4 bytes in fp32, the backward pass two gradients of 4. The vocab-parallel loss
-    (`models/parallel/cross_entropy.py`) adds 10 in either. Compiled, the logits stay and their gradient
-    takes their place.
+    (`models/parallel/cross_entropy.py`) adds 10 in either. Compiled, the logits stay, vocab-parallel
+    with the probabilities in fp32, and the gradient takes the logits' place if the graph has the
+    output projection too.
     """
     logits = -(-config.vocab // tensor)
-    if graph == "model":
-        return element.product * logits, 0.0, 0.0
+    if graph != "no":
+        own = element.product * logits
+        kept = own + (4 * logits if tensor > 1 else 0)
+        return kept, 0.0, 0.0 if graph == "model" else own
     if tensor > 1:
         padded = 4 if config.vocab % tensor else 0
         both = (8 + element.product) * logits

@@ -115,7 +115,7 @@ def state_terms(
 def launch_seconds(recipe: Recipe, layout: Layout, ds_config: dict[str, Any], blocks: int) -> float:
     """What the host needs to launch a step's kernels."""
     assert isinstance(recipe.model, GPTModel)
-    c, graph = recipe.model.shape, compiled(recipe, ds_config)
+    c, graph = recipe.model.shape, compiled(recipe, layout, ds_config)
     each = LAUNCH["eager" if graph == "no" else "compiled"]
     if graph == "no":
         each += LAUNCH["rotary"] * (0.5 * (c.position == "rope") + 0.5 * c.qk_norm)

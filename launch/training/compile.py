@@ -5,9 +5,10 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from models.gpt import GPT, Block
+from launch.config.layout import compiled_as_whole
+from models.gpt import GPT, Block, Loss
+from models.parallel.grid import Grid
 
 
 def gather_whole_blocks(model: GPT) -> None:
@@ -20,29 +21,33 @@ def gather_whole_blocks(model: GPT) -> None:
     deepspeed.utils.set_z3_leaf_modules(model, [Block])
 
 
-def compile_engine(engine: DeepSpeedEngine, tensor_parallel: int) -> None:
+def compile_engine(engine: DeepSpeedEngine, grid: Grid) -> None:
     """Compile the engine's model.
 
     - ZeRO 0 to 2: the whole model, loss included.
-    - A pipeline: each block.
-    - ZeRO-3: the forward pass of each block. DeepSpeed's hooks, which gather a block's weights
+    - A pipeline and ZeRO-3: each block, and the loss. DeepSpeed's hooks, which gather a block's weights
       before it and release them after it, run outside the compiled code: torch must not trace them.
+    - ZeRO-2 on several ranks likewise: the gradients of a model compiled as a whole all come at the end
+      of its backward pass, too late to reduce some while others are computed.
 
-    With `tensor_parallel` above 1, compiled code rounds to 16 bits where eager code does. A
-    row-parallel layer adds its bias after the sum over the ranks; fused with what follows, in fp32,
-    the bias keeps digits that one device rounds away. At GPT 1.3B in bf16 that changed the loss of
-    step 2 by 2% (models/README.md), and the throughput is the same either way.
+    With tensor parallel ranks, a wait for a collective is moved behind what does not need its result,
+    such as a weight gradient, and compiled code rounds to 16 bits where eager code does. A row-parallel
+    layer adds its bias after the sum over the ranks; fused with what follows, in fp32, the bias keeps
+    digits that one device rounds away. At GPT 1.3B in bf16 that changed the loss of step 2 by 2%
+    (models/README.md), and the throughput is the same either way.
     """
-    options: Any = {"emulate_precision_casts": True} if tensor_parallel > 1 else None
-    if isinstance(engine, PipelineEngine):
-        for module in engine.module.modules():
-            if isinstance(module, Block):
-                module.compile(options=options)
-    elif engine.zero_optimization_stage() == 3:
-        for module in engine.module.modules():
-            if isinstance(module, Block):
-                # Set on the instance, where nn.Module calls it; `module.compile()` includes hooks.
-                compiled = torch.compile(module.forward, options=options)
-                object.__setattr__(module, "forward", compiled)
-    else:
+    options: Any = None
+    if grid["tensor"] > 1:
+        options = {
+            "emulate_precision_casts": True,
+            "reorder_for_compute_comm_overlap": True,
+            "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
+        }
+    if compiled_as_whole(grid, engine.zero_optimization_stage()):
         engine.compile(compile_kwargs={"options": options})
+        return
+    for module in engine.module.modules():
+        if isinstance(module, (Block, Loss)):
+            # Set on the instance, where nn.Module calls it; `module.compile()` includes hooks.
+            compiled = torch.compile(module.forward, options=options)
+            object.__setattr__(module, "forward", compiled)

@@ -24,18 +24,19 @@ right gradient, but everything below it gets only this rank's part.
 
 With a group of one rank, or None, every function returns its input.
 
-Under torch.compile, each collective is an operator (`tensor_parallel::...`): the compiler knows the
-shape of its result and does not look inside. (When torch 2.11 traced `dist.all_reduce` itself, in
-bf16 with NCCL, a model did not learn at all.) All ranks must run the same operators in the same
-order, so the graphs of all ranks must be alike: code may depend on the number of ranks, but a branch
-must not depend on the rank.
+Under torch.compile, the collectives are torch's functional ones: the compiler knows what they do, and
+that the result is not there before its wait. It moves the waits down (`launch/training/compile.py`), so
+that a layer's weight gradient is computed while the gradient of its input is summed. (When torch 2.11
+traced `dist.all_reduce` itself, in bf16 with NCCL, a model did not learn at all.) All ranks must run the
+same collectives in the same order, so the graphs of all ranks must be alike: code may depend on the
+number of ranks, but a branch must not depend on the rank.
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, library
+from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
@@ -43,9 +44,8 @@ Group = dist.ProcessGroup | None
 _all_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-# Operators take a group's name, not the group; torch's own functional collectives do the same.
-_c10d: Any = dist.distributed_c10d
-_group_of = _c10d._resolve_process_group
+# Collectives that the compiler can see. They take a group's name, and their result must be waited for.
+_functional: Any = torch.ops._c10d_functional
 
 
 def group_size(group: Group) -> int:
@@ -58,66 +58,43 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def _all_reduce_eager(x: Tensor, maximum: bool, group_name: str) -> Tensor:
-    result = x.clone(memory_format=torch.contiguous_format)
-    operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
-    dist.all_reduce(result, operation, group=_group_of(group_name))
+def all_reduce(x: Tensor, group: dist.ProcessGroup, maximum: bool = False) -> Tensor:
+    """The sum (or the maximum) over the ranks, as a new tensor of any shape. No gradient."""
+    result: Tensor
+    if torch.compiler.is_compiling():
+        operation = "max" if maximum else "sum"
+        sent = _functional.all_reduce(x.contiguous(), operation, group.group_name)
+        result = _functional.wait_tensor(sent)
+    else:
+        result = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group)
     return result
 
 
-def _gather_eager(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
-    parts = x.new_empty((size * x.shape[0], *x.shape[1:]))
-    _all_gather_single(parts, x.contiguous(), group=_group_of(group_name))
+def _gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    size, dim, x = group_size(group), dim % x.dim(), x.contiguous()
+    if torch.compiler.is_compiling():
+        sent = _functional.all_gather_into_tensor(x, size, group.group_name)
+        parts: Tensor = _functional.wait_tensor(sent)
+    else:
+        parts = x.new_empty((size * x.shape[0], *x.shape[1:]))
+        _all_gather_single(parts, x, group=group)
     whole: Tensor = parts.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
     return whole
 
 
-def _reduce_scatter_eager(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
-    parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
-    mine = torch.empty_like(parts[0])
-    _reduce_scatter_single(mine, parts.flatten(0, 1), group=_group_of(group_name))
-    return mine
-
-
-_all_reduce_operator = library.custom_op(
-    "tensor_parallel::all_reduce", _all_reduce_eager, mutates_args=()
-)
-_gather_operator = library.custom_op("tensor_parallel::gather", _gather_eager, mutates_args=())
-_reduce_scatter_operator = library.custom_op(
-    "tensor_parallel::reduce_scatter", _reduce_scatter_eager, mutates_args=()
-)
-
-
-@_all_reduce_operator.register_fake
-def _(x: Tensor, maximum: bool, group_name: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_gather_operator.register_fake
-def _(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
-    return x.new_empty([n * size if d == dim else n for d, n in enumerate(x.shape)])
-
-
-@_reduce_scatter_operator.register_fake
-def _(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
-    return x.new_empty([n // size if d == dim else n for d, n in enumerate(x.shape)])
-
-
-def all_reduce(x: Tensor, group: dist.ProcessGroup, maximum: bool = False) -> Tensor:
-    """The sum (or the maximum) over the ranks, as a new tensor of any shape. No gradient."""
-    run = _all_reduce_operator if torch.compiler.is_compiling() else _all_reduce_eager
-    return run(x, maximum, group.group_name)
-
-
-def _gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    run = _gather_operator if torch.compiler.is_compiling() else _gather_eager
-    return run(x, dim % x.dim(), group_size(group), group.group_name)
-
-
 def _reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     _check_divides(x, dim, group)
-    run = _reduce_scatter_operator if torch.compiler.is_compiling() else _reduce_scatter_eager
-    return run(x, dim % x.dim(), group_size(group), group.group_name)
+    size, dim = group_size(group), dim % x.dim()
+    parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
+    mine: Tensor
+    if torch.compiler.is_compiling():
+        sent = _functional.reduce_scatter_tensor(parts.flatten(0, 1), "sum", size, group.group_name)
+        mine = _functional.wait_tensor(sent)
+    else:
+        mine = torch.empty_like(parts[0])
+        _reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
+    return mine
 
 
 def _part(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:

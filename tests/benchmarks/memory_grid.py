@@ -42,6 +42,8 @@ SHAPES: dict[str, dict[str, object]] = {
 BATCHES = {1024: 4, 2048: 6}
 CHECKPOINT = "model.checkpoint_activations=true"
 COMPILE = "train.compile=true"
+# Most points were measured when gradients were added to their fp32 sums after the backward pass.
+DEFERRED = "deepspeed.bf16.immediate_grad_update=false"
 
 
 @dataclass(frozen=True)
@@ -62,30 +64,36 @@ class Point:
 
 def layouts(ranks: int) -> dict[str, tuple[str, ...]]:
     """Overrides by name; the most telling first, as a run may be cut off."""
-    zero = {s: f"deepspeed.config=ds_configs/zero{s}.json" for s in range(4)}
+    zero: dict[int, tuple[str, ...]]
+    zero = {s: (f"deepspeed.config=ds_configs/zero{s}.json",) for s in range(4)}
+    now = zero[1]
+    zero[1] = (*now, DEFERRED)
     found: dict[str, tuple[str, ...]] = {}
     tensor, pipeline = "parallel.tensor=2", "parallel.pipeline=2"
     for stage in range(4):
-        found[f"zero{stage}"] = (zero[stage],)
+        found[f"zero{stage}"] = zero[stage]
     for stage in (1, 3, 0, 2):
-        found[f"zero{stage}, checkpoint"] = (zero[stage], CHECKPOINT)
+        found[f"zero{stage}, checkpoint"] = (*zero[stage], CHECKPOINT)
     if ranks == 2:
-        found["tensor 2"] = (zero[1], tensor)
-        found["tensor 2, checkpoint"] = (zero[1], tensor, CHECKPOINT)
-        found["pipeline 2"] = (zero[1], pipeline)
-        found["pipeline 2, checkpoint"] = (zero[1], pipeline, CHECKPOINT)
+        found["tensor 2"] = (*zero[1], tensor)
+        found["tensor 2, checkpoint"] = (*zero[1], tensor, CHECKPOINT)
+        found["pipeline 2"] = (*zero[1], pipeline)
+        found["pipeline 2, checkpoint"] = (*zero[1], pipeline, CHECKPOINT)
     for stage in (1, 3, 0, 2):
-        found[f"zero{stage}, compile"] = (zero[stage], COMPILE)
-    found["zero1, checkpoint, compile"] = (zero[1], CHECKPOINT, COMPILE)
+        found[f"zero{stage}, compile"] = (*zero[stage], COMPILE)
+    found["zero1, checkpoint, compile"] = (*zero[1], CHECKPOINT, COMPILE)
+    found["zero1, immediate"] = now
+    found["zero1, immediate, compile"] = (*now, COMPILE)
     if ranks == 2:
-        found["pipeline 2, compile"] = (zero[1], pipeline, COMPILE)
-        found["tensor 2, sequence"] = (zero[1], tensor, "parallel.sequence=true")
-        found["tensor 2, zero3"] = (zero[3], tensor)
-        found["pipeline 2, gpipe"] = (zero[1], pipeline, "parallel.schedule=gpipe")
-        found["zero3, checkpoint, compile"] = (zero[3], CHECKPOINT, COMPILE)
+        found["pipeline 2, compile"] = (*now, pipeline, COMPILE)
+        found["tensor 2, compile"] = (*now, tensor, COMPILE)
+        found["tensor 2, sequence"] = (*zero[1], tensor, "parallel.sequence=true")
+        found["tensor 2, zero3"] = (*zero[3], tensor)
+        found["pipeline 2, gpipe"] = (*zero[1], pipeline, "parallel.schedule=gpipe")
+        found["zero3, checkpoint, compile"] = (*zero[3], CHECKPOINT, COMPILE)
         found["zero1, fp16"] = ("deepspeed.config=ds_configs/zero1_fp16.json",)
     else:
-        found["zero1, documents"] = (zero[1], "data.document_mask=true")
+        found["zero1, documents"] = (*zero[1], "data.document_mask=true")
         found["zero2, offload"] = ("deepspeed.config=ds_configs/zero2_offload_cpu.json",)
         found["zero3, offload"] = ("deepspeed.config=ds_configs/zero3_offload_cpu.json",)
     return found
@@ -106,12 +114,15 @@ def recipe_of(point: Point) -> Recipe:
     Raises:
         UserError: if the layout is not one for this shape.
     """
-    blocks: dict[str, dict[str, object]] = {"model": {}, "data": {}, "parallel": {}, "train": {}}
-    blocks["deepspeed"] = {}
+    names = ("model", "data", "parallel", "train", "deepspeed")
+    blocks: dict[str, Any] = {name: {} for name in names}
     for override in point.overrides:
         key, _, value = override.partition("=")
-        block, _, name = key.partition(".")
-        blocks[block][name] = {"true": True, "2": 2}.get(value, value)
+        *path, name = key.split(".")
+        block = blocks
+        for part in path:
+            block = block.setdefault(part, {})
+        block[name] = {"true": True, "false": False, "2": 2}.get(value, value)
     split = blocks["parallel"]
     data = point.ranks // (2 if split else 1)
     micro = BATCHES[point.sequence]
