@@ -19,6 +19,9 @@ does not apply is named on stderr, and a row that fails is a line of the table.
 same weights on the same batches. Peers round elsewhere, in 16 bits by more than the bounds allow: their
 losses' difference is shown, and not judged. They compile always, unless TORCHDYNAMO_DISABLE=1 is set.
 
+--profile adds where a step's time goes on the device: kinds of work, communication that nothing computes
+beside, gaps. Steps are profiled after the timed ones.
+
 Compare ratios rather than tokens/s: they also hold on a busy machine. Without GPUs, the plain loop uses
 all cores, and so do the ranks together; then the total ratio is the fair one. Peak memory is allocated on a
 GPU, resident on a CPU. MFU counts attention in full, as models/config.py does; "causal" counts half of it.
@@ -48,10 +51,12 @@ from launch.errors import UserError
 from launch.perf.bench.result import ResultFile, Timing, as_json, read_lines
 from launch.perf.bench.rows import Sweep, plan_rows
 from launch.perf.bench.run import bench, is_wrong
-from launch.perf.bench.table import markdown, rich_table
+from launch.perf.bench.table import markdown, rich_table, split_table, splits_of
 from launch.perf.levers import LEVERS, find_levers
 from launch.perf.peers import PEERS
 from launch.perf.peers.run import check_names
+from launch.perf.step_profile.picture import save_picture
+from launch.perf.step_profile.record import PROFILED_STEPS
 from launch.runtime.failures import one_line_errors
 from launch.runtime.local_launcher import choose_ranks
 
@@ -122,6 +127,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="files of an earlier --out: a plain loop that is in them is compared with, and not run again",
     )
     parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help=f"profile {PROFILED_STEPS} more steps of each row, and write a picture and traces there",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print lines of JSON instead of a table"
     )
     parser.add_argument(
@@ -156,7 +167,8 @@ def run(given: argparse.Namespace) -> int:
     levers = list(LEVERS) if given.levers else find_levers(given.lever)
     peers = [] if given.peers is None else list(given.peers or PEERS)
     check_names(peers)
-    sets = (*given.set, f"train.steps={given.warmup + given.steps}")
+    steps = given.warmup + given.steps + (PROFILED_STEPS if given.profile else 0)
+    sets = (*given.set, f"train.steps={steps}")
     earlier = read_lines(given.reference)
     recipe = load_recipe(given.config, sets)
     ranks = choose_ranks(given.ranks, recipe.parallel.model_parallel_size)
@@ -165,11 +177,20 @@ def run(given: argparse.Namespace) -> int:
     )
     rows = plan_rows(sweep, lambda name, reason: say(f"left out: {name}: {reason}"))
     timing = Timing(given.warmup, given.steps, given.rounds)
-    lines = bench(rows, timing, ResultFile(given.out), earlier, say)
+    if given.profile:
+        given.profile.mkdir(parents=True, exist_ok=True)
+    lines = bench(rows, timing, ResultFile(given.out), earlier, given.profile, say)
     if given.json:
         print("\n".join(as_json(line) for line in lines))
     else:
-        Console(width=None if sys.stdout.isatty() else 200).print(rich_table(lines))
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        console.print(rich_table(lines))
+        if given.profile:
+            console.print(split_table(lines))
+    if given.profile and (splits := splits_of(lines)):
+        picture = given.profile / "split.png"
+        save_picture(splits, f"{recipe.name}: where a step's time goes", picture)
+        say(f"picture: {picture}; traces for https://ui.perfetto.dev beside it")
     # A lever may need more memory than there is; the recipe itself may not.
     recipe_failed = any(line["error"] and not line["overrides"] for line in lines)
     return EXIT_DIFFERENT if recipe_failed or any(map(is_wrong, lines)) else 0

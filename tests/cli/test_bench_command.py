@@ -39,7 +39,8 @@ def test_rows_train_the_same_in_one_run(tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "rows.jsonl"
     levers = ["--lever", "micro-batch-half", "sequence-on", "compile-off"]
     peers = ["--peers", "fsdp2", "dtensor"]
-    assert run("--layerwise", *levers, "--row", "alone: ranks=1", *peers, "--out", str(out)) == 0
+    words = [*levers, "--row", "alone: ranks=1", *peers, "--out", str(out)]
+    assert run("--layerwise", *words, "--profile", str(tmp_path / "profile")) == 0
     printed = capsys.readouterr()
     assert "left out: sequence-on: parallel.tensor is 1\n" in printed.err
     assert "left out: compile-off: the recipe has it already\n" in printed.err
@@ -61,9 +62,19 @@ def test_rows_train_the_same_in_one_run(tmp_path: Path, capsys: pytest.CaptureFi
         assert line["flops_per_token_causal"] < line["flops_per_token"]
         assert {"torch", "deepspeed", "commit", "command", "device"} <= line.keys()
     assert lines["micro-batch-half"]["overrides"] == ["train.micro_batch_size=1"]
+    for line in lines.values():
+        for split in line["profile"]:
+            assert sum(split["parts"].values()) == pytest.approx(split["wall"])
+            assert split["parts"]["GEMM"] > 0 and split["launches"]["GEMM"] > 0
+            one_process = line["kind"] in ("plain", "layerwise")
+            assert ("communication" in split["launches"]) != one_process, line["row"]
+    assert len(lines[recipe]["profile"]) == 2, "each rank's"
+    assert (tmp_path / "profile" / "split.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "profile").glob("fsdp2-rank*.json.gz"))) == 2
     assert command.run(command.parse_arguments(["--table", str(out)])) == 0
     table = capsys.readouterr().out
     assert "| equal: " in table
+    assert "| fsdp2, rank 1 |" in table
     assert f"| {lines[recipe]['tokens_per_second_per_rank']:,.0f} |" in table
 
 

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from launch.training.train_step import StepResult
 
 
-def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> None:
+def measure_plain(
+    values: dict[str, Any], folder: Path, trace: str | None, devices: int = 1
+) -> None:
     """Time the plain loop on this process's device, or layer-wise on several; one rank calls it.
+
+    `folder` gets what was measured. With `trace`, how a file's name begins, the last steps are profiled.
 
     Raises:
         UserError: if there are fewer GPUs or fewer layers than `devices`.
@@ -53,11 +57,13 @@ def measure_plain(values: dict[str, Any], folder: Path, devices: int = 1) -> Non
     reference = Reference(model, plan.ds_config, train)
     if train.compile and devices == 1:
         reference.compile()
-    run_steps(train.steps, places, plan.batch, reference.train_step, folder / "rank0000.json")
+    watch = Watch(places[0], train.steps, trace_file(trace, 0))
+    losses = run_steps(watch, plan.batch, reference.train_step)
+    write_measured(folder, 0, watch, losses, places)
 
 
-def measure_recipe(values: dict[str, Any], folder: Path) -> None:
-    """Time the recipe's own layout; every rank calls it.
+def measure_recipe(values: dict[str, Any], folder: Path, trace: str | None) -> None:
+    """Time the recipe's own layout; every rank calls it, with the arguments of `measure_plain`.
 
     Raises:
         UserError: as `launch/train.py`.
@@ -67,33 +73,32 @@ def measure_recipe(values: dict[str, Any], folder: Path) -> None:
     with local_engine(values, folder) as local:
         from launch.training.train_step import train_step
 
-        run_steps(
-            local.plan.recipe.train.steps,
-            [local.ranks.device],
-            local.batch,
-            lambda batch: train_step(local.engine, batch),
-            folder / f"rank{local.ranks.rank:04d}.json",
-        )
+        ranks = local.ranks
+        steps = local.plan.recipe.train.steps
+        watch = Watch(ranks.device, steps, trace_file(trace, ranks.rank))
+        losses = run_steps(watch, local.batch, lambda batch: train_step(local.engine, batch))
+        write_measured(folder, ranks.rank, watch, losses, [ranks.device])
+
+
+def trace_file(beginning: str | None, rank: int) -> Path | None:
+    """The file for a rank's trace."""
+    return None if beginning is None else Path(f"{beginning}-rank{rank}.json.gz")
 
 
 def run_steps(
-    steps: int,
-    devices: "list[torch.device]",
-    batch: Callable[[int], Batch],
-    step: "Callable[[Batch], StepResult]",
-    file: Path,
-) -> None:
-    """Train `steps` steps, and write down what they took and what came of them."""
-    watch, results = Watch(devices[0]), []
+    watch: Watch, batch: Callable[[int], Batch], step: "Callable[[Batch], StepResult]"
+) -> list[float]:
+    """Train the steps of a watch, and return their losses."""
+    results = []
     watch.mark()
-    for number in range(steps):
+    for number in range(watch.steps):
         results.append(step(batch(number)))
         watch.mark()
-    write_measured(file, watch, [result.loss for result in results], devices)
+    return [float(result.loss) for result in results]
 
 
 def write_measured(
-    file: Path, watch: Watch, losses: "list[float]", devices: "list[torch.device]"
+    folder: Path, rank: int, watch: Watch, losses: list[float], devices: "list[torch.device]"
 ) -> None:
     """Write what a rank measured: `run.py` reads it."""
     import torch
@@ -107,6 +112,7 @@ def write_measured(
         "memory_gib": max(peak_memory_gib(place) for place in devices),
         "peak_tflops": device_peak_tflops(devices[0]),
         "device": torch.cuda.get_device_name(devices[0]) if gpu else "cpu",
+        "profile": watch.profile(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
     }
-    file.write_text(json.dumps(measured))
+    (folder / f"rank{rank:04d}.json").write_text(json.dumps(measured))

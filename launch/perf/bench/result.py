@@ -104,6 +104,7 @@ def measured(row: Row, timing: Timing, turns: Sequence[Sequence[Line]]) -> Line:
         "peak_tflops": peak,
         "memory_gib": max(rank["memory_gib"] for turn in turns for rank in turn),
         "losses": first["losses"],
+        "profile": [rank["profile"] for rank in turns[-1] if rank["profile"]],
     }
 
 

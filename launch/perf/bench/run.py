@@ -5,6 +5,7 @@ or runs out of memory is a line among the results, and the others go on.
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -33,15 +34,18 @@ def bench(
     timing: Timing,
     file: ResultFile,
     earlier: Iterable[Line] = (),
+    traces: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Line]:
     """Time the rows; returns a line for each, in their order.
 
     Args:
         rows: with a plain loop before those that are compared with it.
-        timing: the steps to run; each recipe's `train.steps` are its warm-up and its timed steps.
+        timing: the steps to run; each recipe's `train.steps` are its warm-up, its timed steps, and with
+            `traces` those that are profiled.
         file: gets every row's line as soon as it has run.
         earlier: lines of an earlier benchmark; a plain loop that is among them is not run again.
+        traces: a folder for the traces of profiled steps; None: none are profiled.
         say: receives lines to report to the user.
     """
     using = surroundings()
@@ -63,8 +67,9 @@ def bench(
                 say(f"round {turn + 1} of {timing.rounds}: {row.name} on {_ranks(row)}")
                 place = Path(folder) / f"{turn}-{number}"
                 place.mkdir()
+                trace = None if traces is None else str(traces / re.sub(r"[^\w.-]+", "_", row.name))
                 try:
-                    turns[row.name].append(_take_turn(row, place))
+                    turns[row.name].append(_take_turn(row, place, trace))
                 except UserError as error:
                     failed[row.name] = explain(str(error))
                     say(f"{row.name}: {failed[row.name]}")
@@ -89,16 +94,16 @@ def _ranks(row: Row) -> str:
     return "1 rank" if row.processes == 1 else f"{row.processes} ranks"
 
 
-def _take_turn(row: Row, place: Path) -> list[Line]:
+def _take_turn(row: Row, place: Path, trace: str | None) -> list[Line]:
     from launch.runtime.local_launcher import run_local_ranks
 
     values = row.recipe.model_dump()
     if row.kind == "recipe":
-        run_local_ranks(measure_recipe, row.ranks, values, place)
+        run_local_ranks(measure_recipe, row.ranks, values, place, trace)
     elif row.kind == "peer":
-        run_local_ranks(measure_peer, row.ranks, values, place, row.name)
+        run_local_ranks(measure_peer, row.ranks, values, place, trace, row.name)
     else:
-        run_local_ranks(measure_plain, 1, values, place, row.ranks)
+        run_local_ranks(measure_plain, 1, values, place, trace, row.ranks)
     return [json.loads(file.read_text()) for file in sorted(place.glob("*.json"))]
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from launch.perf.bench.result import Line
 from launch.perf.bench.run import is_wrong
+from launch.perf.step_profile.split import PARTS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,6 +15,9 @@ COLUMNS = (
     "ratio, total", "ratio, a rank", "peak GiB", "losses: largest share of bound",
 )  # fmt: skip
 NONE = "-"
+SPLIT_COLUMNS = (
+    "milliseconds of a step", "wall", *PARTS, "communication beside computing", "launches"
+)  # fmt: skip
 
 
 def cells(line: Line, plain: Line | None) -> list[str]:
@@ -76,8 +80,36 @@ def rich_table(lines: Sequence[Line]) -> "Table":
     return table
 
 
+def splits_of(lines: Sequence[Line]) -> list[tuple[str, Line]]:
+    """Where the time of each row's ranks goes (`Split.as_json`), labelled."""
+    found = []
+    for line in lines:
+        ranks = line.get("profile") or []
+        for rank, split in enumerate(ranks):
+            place = f", rank {rank}" if len(ranks) > 1 else ""
+            found.append((f"{line['row']}{place}", split))
+    return found
+
+
+def split_cells(label: str, split: Line) -> list[str]:
+    """The cells of a rank's split."""
+    seconds = [split["wall"], *(split["parts"][part] for part in PARTS), split["overlapped"]]
+    launches = sum(split["launches"].values())
+    return [label, *(f"{1000 * each:.1f}" for each in seconds), f"{launches:,.0f}"]
+
+
+def split_table(lines: Sequence[Line]) -> "Table":
+    """The table of the profiled rows for a terminal."""
+    from rich.table import Table
+
+    table = Table(*SPLIT_COLUMNS, box=None)
+    for label, split in splits_of(lines):
+        table.add_row(*split_cells(label, split))
+    return table
+
+
 def markdown(lines: Sequence[Line]) -> str:
-    """Tables of all lines, one for each call of the script, with what it ran on and how."""
+    """Tables of all lines, for each call of the script, with what it ran on and how."""
     parts = []
     for call in dict.fromkeys((line["time"], line["command"]) for line in lines):
         mine = [line for line in lines if (line["time"], line["command"]) == call]
@@ -92,13 +124,15 @@ def markdown(lines: Sequence[Line]) -> str:
             f"{first['commit']}; {first['time'][:10]}; medians of {first.get('steps')} steps after "
             f"{first.get('warmup')}, rounds: {first.get('rounds')}\n\n```bash\n{first['command']}\n```\n"
         )
-        rows = [
-            COLUMNS,
-            ["---"] * len(COLUMNS),
-            *(cells(each, _plain_of(each, mine)) for each in mine),
-        ]
-        parts += [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
-        ]
-        parts.append("")
+        parts.append(
+            _markdown_table(COLUMNS, [cells(each, _plain_of(each, mine)) for each in mine])
+        )
+        if splits := splits_of(mine):
+            parts.append(_markdown_table(SPLIT_COLUMNS, [split_cells(*each) for each in splits]))
     return "\n".join(parts)
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)

@@ -61,8 +61,8 @@ def _of_another_model(recipe: Recipe) -> str | None:
     return None
 
 
-def measure_peer(values: dict[str, Any], folder: Path, name: str) -> None:
-    """Time a peer; every rank calls it.
+def measure_peer(values: dict[str, Any], folder: Path, trace: str | None, name: str) -> None:
+    """Time a peer; every rank calls it, with the arguments of `launch.perf.bench.measure.measure_plain`.
 
     Raises:
         UserError: as `launch/train.py`.
@@ -74,7 +74,7 @@ def measure_peer(values: dict[str, Any], folder: Path, name: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from launch.perf.bench.measure import write_measured
+    from launch.perf.bench.measure import trace_file, write_measured
     from launch.perf.bench.watch import Watch
     from launch.perf.peers.job import Job
     from launch.runtime.process_group import init_process_group
@@ -82,13 +82,10 @@ def measure_peer(values: dict[str, Any], folder: Path, name: str) -> None:
 
     plan = plan_run(recipe_from_dict(values), int(os.environ["WORLD_SIZE"]))
     ranks = init_process_group()
-    job = Job(plan, ranks, Watch(ranks.device))
+    watch = Watch(ranks.device, plan.recipe.train.steps, trace_file(trace, ranks.rank))
+    job = Job(plan, ranks, watch)
     importlib.import_module(f"launch.perf.peers.{name}").train(job)
     losses = torch.stack(job.losses)
     dist.all_reduce(losses)
-    write_measured(
-        folder / f"rank{ranks.rank:04d}.json",
-        job.watch,
-        (losses / ranks.world_size).tolist(),
-        [ranks.device],
-    )
+    means = (losses / ranks.world_size).tolist()
+    write_measured(folder, ranks.rank, watch, means, [ranks.device])
