@@ -1,0 +1,91 @@
+"""Which peers can train a recipe, and one of them on a rank."""
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.config.load import recipe_from_dict
+from launch.config.schema import GPTModel, Recipe
+from launch.errors import UserError
+from launch.perf.peers import PEERS
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Check names of `--peers`.
+
+    Raises:
+        UserError: for one that is not known; it lists those that are.
+    """
+    for name in names:
+        if name not in PEERS:
+            raise UserError(f"--peers: '{name}' is not known; choose from: {', '.join(PEERS)}")
+
+
+def why_not(name: str, recipe: Recipe, ranks: int) -> str | None:
+    """Why a peer cannot train a recipe on `ranks` ranks, or None if it can."""
+    if reason := _of_another_model(recipe):
+        return f"the peers train a GPT-2, and {reason}"
+    parallel = recipe.parallel
+    if parallel.pipeline > 1:
+        return "it has no pipeline, and parallel.pipeline is above 1"
+    if name == "dtensor":
+        if parallel.tensor == 1:
+            return "it splits the layers over tensor ranks, and parallel.tensor is 1"
+        if parallel.tensor != ranks:
+            return f"all its ranks are one tensor group, and {ranks} is not parallel.tensor"
+        if recipe.model.family == "gpt" and recipe.model.shape.vocab % ranks:
+            return "the vocabulary does not divide over the ranks"
+    elif parallel.tensor > 1:
+        return "its ranks have whole layers, and parallel.tensor is above 1"
+    return None
+
+
+def _of_another_model(recipe: Recipe) -> str | None:
+    if not isinstance(recipe.model, GPTModel):
+        return "model.family is hf"
+    shape = recipe.model.shape
+    wanted = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}
+    for key, value in wanted.items():
+        if getattr(shape, key) != value:
+            return f"model.{key} is {getattr(shape, key)}"
+    if shape.kv_heads != shape.heads:
+        return "model.kv_heads is below model.heads"
+    if recipe.model.init_from:
+        return "model.init_from is set"
+    if recipe.model.checkpoint_activations:
+        return "model.checkpoint_activations is set"
+    if recipe.data.has_documents:
+        return "a row of the data holds several documents"
+    return None
+
+
+def measure_peer(values: dict[str, Any], folder: Path, trace: str | None, name: str) -> None:
+    """Time a peer; every rank calls it, with the arguments of `launch.perf.bench.measure.measure_plain`.
+
+    Raises:
+        UserError: as `launch/train.py`.
+    """
+    from launch.runtime.process_group import prepare_environment
+
+    prepare_environment()
+
+    import torch
+    import torch.distributed as dist
+
+    from launch.perf.bench.measure import trace_file, write_measured
+    from launch.perf.bench.watch import Watch
+    from launch.perf.peers.job import Job
+    from launch.runtime.process_group import init_process_group
+    from launch.training.setup import plan_run
+
+    plan = plan_run(recipe_from_dict(values), int(os.environ["WORLD_SIZE"]))
+    ranks = init_process_group()
+    watch = Watch(ranks.device, plan.recipe.train.steps, trace_file(trace, ranks.rank))
+    job = Job(plan, ranks, watch)
+    importlib.import_module(f"launch.perf.peers.{name}").train(job)
+    losses = torch.stack(job.losses)
+    dist.all_reduce(losses)
+    means = (losses / ranks.world_size).tolist()
+    write_measured(folder, ranks.rank, watch, means, [ranks.device])
