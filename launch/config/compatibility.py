@@ -228,9 +228,11 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
         raise UserError(
             f"parallel.partition: {error}; use parameters, flops, uniform or type:block, or fewer stages"
         ) from None
-    # What tensor ranks above 0 then have is counted elsewhere: a norm on rank 0, tied weights on stage 0.
+    # What a rank then has is counted elsewhere: a norm on tensor rank 0, tied weights on stage 0.
     without_block = bounds[-2] >= model.shape.layers + 2
-    if without_block and model.shape.tied and layout.grid["tensor"] > 1 and low == "bf16":
+    without_norm = bounds[-2] > model.shape.layers + 2
+    counts_none = without_norm or (without_block and layout.grid["tensor"] > 1)
+    if counts_none and model.shape.tied and low == "bf16":
         raise UserError(
             "parallel.partition: the last stage has no block, and DeepSpeed's BF16_Optimizer stops on "
             "ranks that have no gradient; use another partition, model.tied=false, or fewer stages"

@@ -46,6 +46,10 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero1", (PIPELINE, TENSOR, "parallel.partition=type:token|norm", "deepspeed.bf16.enabled=true"),
         r"parallel.partition: the last stage has no block, .* model.tied=false, or fewer stages",
     ),
+    "a last stage with nothing but tied weights": (
+        "zero1", (PIPELINE, "parallel.partition=flops", "model.vocab=9000", "deepspeed.bf16.enabled=true"),
+        r"parallel.partition: the last stage has no block, .* model.tied=false, or fewer stages",
+    ),
     "no such partition": (
         "zero1", (PIPELINE, "parallel.partition=best"), r"parallel.partition: 'best' is not parameters",
     ),
