@@ -2,9 +2,9 @@
 
     python scripts/trace_pipeline.py --config recipes/gpt_tiny_pp2_zero1.yaml
 
-Trains some steps of the recipe's own layout with each schedule (1f1b, gpipe, naive) and each number
-of micro batches. Prints the bubble (the fraction of a step that a stage is idle) next to the ideal
-(p-1)/(m+p-1), and the number of micro batches whose activations each stage holds at once. Writes
+Trains some steps of the recipe's own layout with each schedule (1f1b, zb-h1, gpipe, naive) and each
+number of micro batches. Prints the bubble (the fraction of a step that a stage is idle) next to the
+ideal one, and the number of micro batches whose activations each stage holds at once. Writes
 timeline.png, trace.json (for https://ui.perfetto.dev or chrome://tracing) and bubble.csv. Exit code
 0: success; 1: a stage held a different number of micro batches than its schedule specifies; 2:
 error in the recipe or command line.
@@ -53,7 +53,7 @@ def show(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int, out: 
 
     parallel = recipe.parallel
     print(
-        f"{recipe.name}: {steps} timed steps each of 3 schedules with {micro_batches} micro batches, "
+        f"{recipe.name}: {steps} timed steps of each schedule with {micro_batches} micro batches, "
         f"on {parallel.pipeline} stages",
         flush=True,
     )
