@@ -22,8 +22,8 @@ KINDS = {
 }  # fmt: skip
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {
-    "forward": "#56B4E9", "backward": "#E69F00", "weights": "#F0E442", "send": "#009E73", "receive": "#CC79A7",
-    "optimizer": "#666666",
+    "forward": "#56B4E9", "backward": "#E69F00", "weights": "#F0E442", "send": "#009E73",
+    "receive": "#CC79A7", "optimizer": "#666666",
 }  # fmt: skip
 MEANING = {
     "forward": "forward pass of a micro batch (its number)",
