@@ -63,7 +63,9 @@ def check_pipeline(recipe: Recipe) -> None:
     )
 
 
-def trace(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int) -> Traced:
+def trace(
+    recipe: Recipe, ranks: int, schedules: list[str], micro_batches: list[int], steps: int
+) -> Traced:
     """Run `steps` steps per schedule and number of micro batches, on `ranks` local ranks.
 
     With several pipelines (data or tensor parallel size above 1), the first one is recorded. The
@@ -74,10 +76,8 @@ def trace(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int) -> T
     """
     from launch.config.resolve import resolve
     from launch.runtime.local_launcher import run_local_ranks
-    from models.pipeline_schedules import SCHEDULES
 
     parallel, train = recipe.parallel, recipe.train
-    schedules = [name for name in SCHEDULES if name != "zb-h1" or not train.compile]
     data = max(1, ranks // (parallel.tensor * parallel.pipeline))
     all_steps = len(micro_batches) * len(schedules) * (WARMUP + steps + 1)
     changes = {

@@ -171,6 +171,11 @@ def test_the_chrome_trace_is_well_formed(output: Output) -> None:
         ("gpt_tiny_zero1", [], "use --config recipes/gpt_tiny_pp2_zero1.yaml, or --set parallel.pip"),
         ("gpt_tiny_pp2_zero1", ["--micro-batches", "4,0"], "--micro-batches: '4,0' is no list of"),
         ("gpt_tiny_pp2_zero1", ["--micro-batches", "some"], "--micro-batches: 'some' is no list of"),
+        ("gpt_tiny_pp2_zero1", ["--schedules", "1f1b,zb"], "--schedules: no schedule 'zb'; they are 1f1b,"),
+        (
+            "gpt_tiny_pp2_zero1", ["--schedules", "zb-h1", "--set", "train.compile=true"],
+            "train.compile: a compiled block's backward pass computes all its gradients at once",
+        ),
         ("gpt_tiny_pp2_zero1", ["--steps", "0"], "--steps: 0 is too few; use 1 or more"),
         ("gpt_tiny_pp2_zero1", ["--ranks", "3"], "parallel: 3 ranks are no multiple of tensor 1 x"),
     ],
