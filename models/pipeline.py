@@ -13,8 +13,8 @@ has a copy, and DeepSpeed sums the copies' gradients before the step (`TiedLayer
 """
 
 from collections.abc import Iterator
-from functools import partial
 
+import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -24,33 +24,48 @@ from models.config import GPTConfig
 from models.gpt import Block, Loss, Output, Position, run_block
 from models.norms import norm_class
 from models.parallel.grid import Grid
-from models.parallel.tensor_parallel import VocabParallelEmbedding, column_parallel
+from models.parallel.tensor_parallel import (
+    ColumnParallelLinear,
+    Product,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    column_parallel,
+)
 from models.parallel.topology import TensorParallel
+from models.parallel.weight_gradients import WeightGradients
 from models.pipeline_stages import stage_bounds
 
 _TIED_KEY = "token"
 TIED_PARAMETER = "embedding.token.weight"  # its name in the whole model
 
 
-def tied_projection(
-    embedding: VocabParallelEmbedding, x: Tensor, *, sequence_parallel: bool
-) -> Tensor:
-    """Logits from the token embedding's own weight.
+class TiedEmbedding(VocabParallelEmbedding):
+    """The token embedding of a model whose output projection has the same weight."""
 
-    `[batch, sequence, hidden]` (sequence / ranks with sequence parallelism) to
-    `[batch, sequence, ceil(vocab / ranks)]`.
-    """
-    return column_parallel(x, embedding.weight, None, embedding.group, sequence_parallel)
+    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
+        super().__init__(config.vocab, config.hidden, tp.group)
+        self.sequence_parallel = tp.sequence_parallel
+        self.product: Product = F.linear
+
+    def project(self, x: Tensor) -> Tensor:
+        """Logits.
+
+        `[batch, sequence, hidden]` (sequence / ranks with sequence parallelism) to
+        `[batch, sequence, ceil(vocab / ranks)]`.
+        """
+        return column_parallel(
+            x, self.weight, None, self.group, self.sequence_parallel, self.product
+        )
 
 
 def layer_specs(config: GPTConfig, tp: TensorParallel) -> list[LayerSpec]:
     """The chain of layers, not built yet: a stage builds only its own."""
-    embedding = (VocabParallelEmbedding, config.vocab, config.hidden, tp.group)
-    first, last = LayerSpec(*embedding), LayerSpec(Output, config, tp)
+    first = LayerSpec(VocabParallelEmbedding, config.vocab, config.hidden, tp.group)
+    last = LayerSpec(Output, config, tp)
     if config.tied:
-        project = partial(tied_projection, sequence_parallel=tp.sequence_parallel)
-        first = TiedLayerSpec(_TIED_KEY, *embedding)
-        last = TiedLayerSpec(_TIED_KEY, *embedding, forward_fn=project)
+        embedding = (_TIED_KEY, TiedEmbedding, config, tp)
+        first = TiedLayerSpec(*embedding)
+        last = TiedLayerSpec(*embedding, forward_fn=TiedEmbedding.project)
     return [
         first,
         LayerSpec(Position, config, tp),
@@ -113,6 +128,13 @@ class GPTPipeline(PipelineModule):
         if positions is None or self.stage_id == self.num_stages - 1:
             return x
         return x, positions
+
+    def split_backward(self, later: WeightGradients | None) -> None:
+        """Have the linear layers leave their weight gradients to `later`; None: compute them at once."""
+        self.later = later
+        for module in self.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear | TiedEmbedding):
+                module.product = F.linear if later is None else later.linear
 
     def loss(self, logits: Tensor, target: tuple[Tensor, ...]) -> Tensor:
         """A micro batch's contribution to the loss, the same scalar on every tensor rank.

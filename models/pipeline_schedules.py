@@ -1,10 +1,11 @@
 """The order of a stage's forward and backward passes, for DeepSpeed's pipeline engine.
 
-All three schedules compute the same gradients. They differ in idle time (the bubble) and in how
-many micro batches' activations are alive at once. With p stages and m micro batches:
+All schedules compute the same gradients. They differ in idle time (the bubble) and in how many
+micro batches' activations are alive at once. With p stages and m micro batches:
 
     schedule   idle share of a step       micro batches alive on stage s
     1f1b       (p - 1) / (m + p - 1)      at most p - s         DeepSpeed's TrainSchedule
+    zb-h1      (p - 1) / (3 m + p - 1)    at most p - s, and s that wait for W; m >= p
     gpipe      (p - 1) / (m + p - 1)      m                     arXiv:1811.06965
     naive      (p - 1) / p                1
 
@@ -13,6 +14,14 @@ For p = 3, m = 4 (numbers: forward passes; letters: backward passes, assumed to 
     gpipe  stage 0   1 2 3 4 . . . . A B C D      1f1b   1 2 3 . . A 4 B . C . D
            stage 1   . 1 2 3 4 . . A B C D .             . 1 2 . A 3 B 4 C . D .
            stage 2   . . 1 2 3 4 A B C D . .             . . 1 A 2 B 3 C 4 D . .
+
+zb-h1 splits a backward pass into B (capital), the gradients of inputs, which the stage before waits
+for, and W (small), those of weights, for which no stage waits. Each is drawn as long as a forward
+pass, so that 1f1b's letters above would be two wide and its step 18 long, not 14:
+
+    zb-h1  stage 0   1 2 3 . . A a 4 B b C c D d
+           stage 1   . 1 2 . A 3 B a 4 C b D c d
+           stage 2   . . 1 A 2 B 3 C a 4 D b c d
 """
 
 from collections.abc import Iterator
@@ -48,6 +57,10 @@ class KeepLoss(BufferOpInstruction):
 
 class TakeLoss(BufferOpInstruction):
     """Start the next backward pass from the loss in a buffer."""
+
+
+class WeightPass(PipeInstruction):
+    """Compute the weight gradients of the micro batch that has waited longest for them."""
 
 
 class _InOrder(PipeSchedule):
@@ -104,8 +117,35 @@ class NaiveSchedule(_InOrder):
         return 1
 
 
+class ZeroBubbleSchedule(TrainSchedule):
+    """1F1B with backward passes in two parts: ZB-H1 of arXiv:2401.10241.
+
+    Stage s puts W off by s micro batches. The gradient of the first micro batch so comes back p - 1
+    weight passes sooner, and what was put off fills the end, where 1F1B waits. On each stage p micro
+    batches have had their forward pass and not W: as many as on 1F1B's first stage.
+    """
+
+    def steps(self) -> Iterator[Instructions]:
+        """The instructions of one optimizer step: 1F1B's, with weight passes between them."""
+        waiting = 0
+        for step in super().steps():
+            passes = [one for one in step if isinstance(one, BufferOpInstruction)]
+            end = step[len(passes) :]  # reductions and the optimizer
+            kinds = {type(one) for one in passes}
+            if BackwardPass in kinds:
+                waiting += 1
+            elif waiting > self.stage_id:
+                # Messages wait for both sides. Between a backward and a forward pass the stage before is
+                # still in its own forward pass: W comes first, and then neither waits for the other.
+                # After the last forward pass, the stage before waits for the gradient.
+                passes.insert(0 if ForwardPass in kinds else len(passes), WeightPass())
+                waiting -= 1
+            yield [*passes, *(WeightPass() for _ in range(waiting if end else 0)), *end]
+
+
 SCHEDULES: dict[str, type[PipeSchedule]] = {
     "1f1b": TrainSchedule,
+    "zb-h1": ZeroBubbleSchedule,
     "gpipe": GPipeSchedule,
     "naive": NaiveSchedule,
 }

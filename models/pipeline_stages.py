@@ -12,14 +12,22 @@ from models.config import GPTConfig, flops_by_layer, parameters_by_layer
 
 
 def ideal_bubble(schedule: str, stages: int, micro_batches: int) -> float:
-    """A stage's idle share of a step, if all passes take equally long and messages take no time.
+    """A stage's idle share of a step, if messages take no time and all passes equally long.
 
-    Source: arXiv:2104.04473, section 2.2, but as a share of the whole step, not of the ideal time.
+    A backward pass may take any multiple of a forward pass, but for zb-h1, where its two parts take
+    as long as a forward pass each. With unequal ones and m >= p, a stage then idles for (p - 1) (F +
+    B - W) of a step.
+
+    Sources: arXiv:2104.04473, section 2.2, but as a share of the whole step, not of the ideal time;
+    arXiv:2401.10241, section 2.3.
 
     Raises:
         KeyError: for an unknown schedule.
     """
+    # With fewer micro batches than stages, there is too little W to fill the end.
+    idle = max(stages - 1, 2 * stages - 1 - micro_batches) if stages > 1 else 0
     return {
+        "zb-h1": idle / (3 * micro_batches + idle),
         "1f1b": (stages - 1) / (micro_batches + stages - 1),
         "gpipe": (stages - 1) / (micro_batches + stages - 1),
         "naive": (stages - 1) / stages,
@@ -79,6 +87,13 @@ def micro_batches_alive(schedule: str, stages: int, stage: int, micro_batches: i
     if stages == 1 or schedule == "naive":
         return 1
     return micro_batches if schedule == "gpipe" else min(stages - stage, micro_batches)
+
+
+def micro_batches_waiting(schedule: str, stages: int, stage: int, micro_batches: int) -> int:
+    """How many wait for their weight gradients alone, while the most are alive."""
+    if schedule != "zb-h1":
+        return 0
+    return min(stage, micro_batches - micro_batches_alive(schedule, stages, stage, micro_batches))
 
 
 def uniform_bounds(layers: int, stages: int) -> list[int]:

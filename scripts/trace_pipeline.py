@@ -2,9 +2,9 @@
 
     python scripts/trace_pipeline.py --config recipes/gpt_tiny_pp2_zero1.yaml
 
-Trains some steps of the recipe's own layout with each schedule (1f1b, gpipe, naive) and each number
-of micro batches. Prints the bubble (the fraction of a step that a stage is idle) next to the ideal
-(p-1)/(m+p-1), and the number of micro batches whose activations each stage holds at once. Writes
+Trains some steps of the recipe's own layout with each schedule (`--schedules`) and each number of
+micro batches. Prints the bubble (the fraction of a step that a stage is idle) next to the
+ideal one, and the number of micro batches whose activations each stage holds at once. Writes
 timeline.png, trace.json (for https://ui.perfetto.dev or chrome://tracing) and bubble.csv. Exit code
 0: success; 1: a stage held a different number of micro batches than its schedule specifies; 2:
 error in the recipe or command line.
@@ -22,12 +22,14 @@ explain_missing_packages()
 import argparse
 import os
 from collections.abc import Sequence
+from typing import get_args
 
 from rich.console import Console
 
 from launch.config.cli_args import add_recipe_arguments
+from launch.config.compatibility import check_parallel
 from launch.config.load import load_recipe
-from launch.config.schema import Recipe
+from launch.config.schema import Parallel, Recipe
 from launch.errors import UserError
 from launch.paths import ROOT
 from launch.perf.pipeline_trace import check_pipeline, trace
@@ -37,7 +39,14 @@ from launch.runtime.local_launcher import choose_ranks
 EXIT_DIFFERENT = 1
 
 
-def show(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int, out: Path) -> bool:
+def show(
+    recipe: Recipe,
+    ranks: int,
+    schedules: list[str],
+    micro_batches: list[int],
+    steps: int,
+    out: Path,
+) -> bool:
     """Trace, print the tables, write the files; return whether live micro batches are as expected.
 
     Raises:
@@ -53,11 +62,11 @@ def show(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int, out: 
 
     parallel = recipe.parallel
     print(
-        f"{recipe.name}: {steps} timed steps each of 3 schedules with {micro_batches} micro batches, "
-        f"on {parallel.pipeline} stages",
+        f"{recipe.name}: {steps} timed steps each of {', '.join(schedules)} with {micro_batches} "
+        f"micro batches, on {parallel.pipeline} stages",
         flush=True,
     )
-    traced = trace(recipe, ranks, micro_batches, steps)
+    traced = trace(recipe, ranks, schedules, micro_batches, steps)
     cores = len(os.sched_getaffinity(0))
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(bubble_table(traced.runs))
@@ -99,6 +108,23 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def schedules_of(text: str | None, recipe: Recipe) -> list[str]:
+    """Parse names of schedules such as "1f1b,zb-h1"; without any, those that the recipe composes with.
+
+    Raises:
+        UserError: for a name that is no schedule, or one that the recipe does not compose with.
+    """
+    known: list[str] = list(get_args(Parallel.model_fields["schedule"].annotation))
+    if text is None:
+        return [name for name in known if name != "zb-h1" or not recipe.train.compile]
+    for name in text.split(","):
+        if name not in known:
+            raise UserError(f"--schedules: no schedule '{name}'; they are {', '.join(known)}")
+        parallel = recipe.parallel.model_copy(update={"schedule": name})
+        check_parallel(recipe.model_copy(update={"parallel": parallel}))
+    return list(dict.fromkeys(text.split(",")))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command-line entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -107,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="default: one pipeline, tensor x pipeline ranks"
     )
+    parser.add_argument("--schedules", metavar="S,S", help="default: 1f1b,zb-h1,gpipe,naive")
     parser.add_argument(
         "--micro-batches", default="2,4,8,16", metavar="M,M", help="default: 2,4,8,16"
     )
@@ -127,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one_pipeline = recipe.parallel.model_parallel_size
         ranks = choose_ranks(one_pipeline if given.ranks is None else given.ranks)
         out = given.out or ROOT / "runs" / "trace" / recipe.name
-        right = show(recipe, ranks, micro_batches, given.steps, out)
+        schedules = schedules_of(given.schedules, recipe)
+        right = show(recipe, ranks, schedules, micro_batches, given.steps, out)
         return 0 if right else EXIT_DIFFERENT
 
 

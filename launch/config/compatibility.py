@@ -25,6 +25,11 @@ def check_parallel(recipe: "Recipe") -> None:
                     f"parallel.{key}: it orders a pipeline, and parallel.pipeline is 1; set that to "
                     "the number of stages, or take the key out"
                 )
+    if parallel.schedule == "zb-h1" and recipe.train.compile:
+        raise UserError(
+            "train.compile: a compiled block's backward pass computes all its gradients at once, and "
+            "zb-h1 puts those of weights off; use parallel.schedule=1f1b, or train.compile=false"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError(
             "parallel.sequence: it shards the sequence over the tensor ranks, and parallel.tensor "

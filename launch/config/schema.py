@@ -148,7 +148,7 @@ class Parallel(_Block):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     sequence: bool = False
-    schedule: Literal["1f1b", "gpipe", "naive"] = "1f1b"
+    schedule: Literal["1f1b", "zb-h1", "gpipe", "naive"] = "1f1b"
     partition: str = "parameters"
 
     def degrees(self) -> dict[str, int]:

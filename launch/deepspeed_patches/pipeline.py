@@ -4,9 +4,16 @@ from types import MethodType
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.schedule import PipeSchedule, ReduceTiedGrads
+from deepspeed.runtime.pipe.schedule import BackwardPass, PipeSchedule, RecvGrad, ReduceTiedGrads
 
-from models.pipeline_schedules import SCHEDULES, KeepLoss, TakeLoss
+from models.parallel.weight_gradients import WeightGradients
+from models.pipeline_schedules import (
+    SCHEDULES,
+    KeepLoss,
+    TakeLoss,
+    WeightPass,
+    ZeroBubbleSchedule,
+)
 
 
 def sum_tied_gradients_where_they_are(engine: PipelineEngine) -> None:
@@ -52,5 +59,57 @@ def use_schedule(engine: PipelineEngine, name: str) -> None:
         self.pipe_buffers["outputs"][buffer_id] = None
 
     engine._train_schedule = MethodType(train_schedule, engine)
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, KeepLoss: keep_loss, TakeLoss: take_loss}
+    engine._INSTRUCTION_MAP = {
+        **engine._INSTRUCTION_MAP,
+        **{kind: type(engine)._INSTRUCTION_MAP[kind] for kind in (RecvGrad, BackwardPass)},
+        KeepLoss: keep_loss,
+        TakeLoss: take_loss,
+    }
     engine.pipe_buffers["losses"] = [None] * engine.num_pipe_buffers
+    engine.module.split_backward(None)
+    if issubclass(SCHEDULES[name], ZeroBubbleSchedule):
+        run_weight_passes(engine)
+
+
+def run_weight_passes(engine: PipelineEngine) -> None:
+    """Have backward passes leave weight gradients to weight passes, which the engine does not know.
+
+    Defect: BF16_Optimizer gets a micro batch's gradients at the end of its backward pass, and the next
+        backward pass clears them first. The step sees nothing of gradients that come in between.
+    Versions: DeepSpeed 0.19.8.
+    Workaround: a weight pass hands them over as a backward pass does. It leaves no gradient behind, of
+        which each backward pass would add zeros to the sums.
+    Proof: test_pipeline.py::test_gradients_between_backward_passes_are_lost
+    """
+    later = WeightGradients()
+    table = engine._INSTRUCTION_MAP
+    receive, whole_backward_pass = table[RecvGrad], table[BackwardPass]
+
+    def receive_gradient(self: PipelineEngine, buffer_id: int) -> None:
+        # The last layer waits with the very tensor: the engine must not receive anything else into it.
+        self.grad_layer, self._grad_layer_buf = None, []
+        receive(self, buffer_id)
+
+    def backward_pass(self: PipelineEngine, buffer_id: int) -> None:
+        whole_backward_pass(self, buffer_id)
+        later.end_micro_batch()
+
+    def weight_pass(self: PipelineEngine) -> None:
+        if self.using_bf16_optimizer:
+            self.optimizer.clear_lp_grads(set_to_none=True)
+        self._running_engine_backward = True  # for DeepSpeed's hooks, as in a backward pass
+        try:
+            later.run()
+        finally:
+            self._running_engine_backward = False
+        if self.using_bf16_optimizer:
+            self.optimizer.update_hp_grads()
+            self.optimizer.clear_lp_grads(set_to_none=True)
+
+    engine.module.split_backward(later)
+    engine._INSTRUCTION_MAP = {
+        **table,
+        RecvGrad: receive_gradient,
+        BackwardPass: backward_pass,
+        WeightPass: weight_pass,
+    }

@@ -85,6 +85,20 @@ def block_bytes(
     return found + (2 * residual if c.dropout else 0.0)
 
 
+def waiting_bytes(config: GPTConfig, tensor: int, element: Precision) -> float:
+    """Bytes per token with which a block waits for its weight gradients, on one tensor rank.
+
+    Inputs of its four linear layers and gradients of their outputs: `models/parallel/weight_gradients.py`.
+    A GPT on one rank has h * 32 in 16 bits: as much as it keeps for its backward pass.
+    """
+    c = config
+    query, key_value = c.heads * c.head_dim / tensor, c.kv_heads * c.head_dim / tensor
+    up = c.ffn / tensor * (2 if c.mlp == "swiglu" else 1)
+    inputs = 2 * c.hidden + query + c.ffn / tensor
+    gradients = query + 2 * key_value + up + 2 * c.hidden
+    return element.product * (inputs + gradients)
+
+
 def _statistics(config: GPTConfig, tensor: int) -> float:
     """Bytes per token of a block's statistics: a number for each head of attention, and of each norm."""
     c = config
@@ -116,6 +130,7 @@ class Activations:
         loss_forward: what the loss needs beside `logits` while it is computed.
         loss_backward: the same in the backward pass.
         block_backward: what a block needs in its backward pass beside what it kept.
+        waiting: what waits for weight gradients alone, of the schedule zb-h1.
         casts: weights in 16 bits that are kept until their backward pass, under torch_autocast.
         casts_forward: such weights that live during the forward pass alone.
     """
@@ -127,6 +142,7 @@ class Activations:
     loss_forward: float
     loss_backward: float
     block_backward: float
+    waiting: float
     casts: float
     casts_forward: float
 
@@ -152,8 +168,10 @@ def activations(
     kept = blocks * (element.stream * hidden if again else each)
     work = _block_work(c, again, graph) * each
     head = last == c.layers + 4
+    waiting = blocks * waiting_bytes(c, tensor, element)
     logits = loss_forward = loss_backward = 0.0
     if head:
+        waiting += element.product * (c.hidden + -(-c.vocab // tensor))
         kept += element.stream * hidden + element.product * c.hidden
         logits, loss_forward, loss_backward = _loss(c, tensor, element, graph)
     pipeline = layout.grid["pipeline"] > 1
@@ -179,6 +197,7 @@ def activations(
         loss_forward=tokens * loss_forward,
         loss_backward=tokens * loss_backward,
         block_backward=tokens * work,
+        waiting=tokens * waiting if recipe.parallel.schedule == "zb-h1" else 0.0,
         casts=casts,
         casts_forward=casts_forward,
     )

@@ -11,11 +11,13 @@ from launch.memory.activations import Activations, activations, compiled, precis
 from launch.memory.gathered import Gathered, gathered
 from launch.memory.shapes import Shape, count, stage_shapes
 from launch.memory.state import State, state, wrapper
-from models.pipeline_stages import micro_batches_alive
+from models.pipeline_stages import micro_batches_alive, micro_batches_waiting
 
 # Workspaces that cuBLAS takes from torch's allocator on an H100 or H200: 32 MiB for each of the two
 # threads that run kernels (the forward and the backward pass).
 WORKSPACES = 64 * 2**20
+# Schedules that are DeepSpeed's own, or have its instructions and others.
+_BY_DEEPSPEED = ("1f1b", "zb-h1")
 # DeepSpeed reduces at most this many gradients at once at stages 0 and 1 (a bucket is closed after it).
 _REDUCED_AT_ONCE = 500_000_000
 
@@ -54,6 +56,7 @@ class Step:
         data: data parallel ranks.
         schedule: the pipeline's.
         alive: micro batches whose activations the stage holds at a time.
+        waiting: micro batches that wait for their weight gradients alone.
         buffers: micro batches whose inputs and outputs a pipeline's engine keeps.
         head: elements of the output projection; 0 if another stage has it.
         embedding: elements of the token embedding; 0 if another stage has it.
@@ -72,6 +75,7 @@ class Step:
     data: int
     schedule: str
     alive: int
+    waiting: int
     buffers: int
     head: int
     embedding: int
@@ -113,8 +117,9 @@ class Step:
             data=grid["data"],
             schedule=schedule,
             alive=alive,
+            waiting=micro_batches_waiting(schedule, grid["pipeline"], stage, layout.accumulation),
             # DeepSpeed's own schedule has two buffers at least.
-            buffers=max(2, alive) if schedule == "1f1b" else alive,
+            buffers=max(2, alive) if schedule in _BY_DEEPSPEED else alive,
             head=vocab * config.hidden if has_head else 0,
             embedding=vocab * config.hidden if first == 0 else 0,
             tied=config.tied and first == 0 and has_head,
@@ -122,6 +127,9 @@ class Step:
 
     def moments(self) -> dict[str, Parts]:
         """The parts at each moment of a step at which memory can peak."""
+        if self.schedule == "zb-h1" and self.kind == "bf16":
+            # Gradients in bf16 come and go in a weight pass (`deepspeed_patches.pipeline`).
+            return self._moments(self.alive, self.state.always, self.buffers)
         if self.schedule != "gpipe":
             return self._moments(self.alive, self.state.carried, self.buffers)
         # All forward passes come first. No gradient is there when most activations are.
@@ -138,17 +146,19 @@ class Step:
         """
         kept = self.kept
         micro = alive * kept.kept + kept.casts + kept.received * (self.buffers + returned)
+        micro += self.waiting * kept.waiting
         logits = alive * kept.logits
         outputs = kept.sent * self.buffers
         # DeepSpeed's own schedule keeps the logits until others take their place, ours until their backward
         # pass (`deepspeed_patches.pipeline.use_schedule`).
-        done = kept.sent if self.head and self.schedule != "1f1b" else 0
+        done = kept.sent if self.head and self.schedule not in _BY_DEEPSPEED else 0
         if self.head:
             logits += outputs
         else:
             micro += outputs
         waiting = self.state.waiting
-        own = self.product * self.head  # the output projection's gradient
+        # The output projection's gradient; of zb-h1, it comes in a weight pass.
+        own = 0 if self.schedule == "zb-h1" else self.product * self.head
         found = {
             "the end of the forward pass": self._parts(
                 before,
@@ -197,7 +207,7 @@ class Step:
             waits = self.tied or before == self.state.always
             found["a block's backward pass"] = self._parts(
                 before + (own if waits else 0),
-                micro + kept.block_backward,
+                micro + kept.block_backward + max(0.0, kept.waiting - kept.kept),
                 logits - done - kept.logits,
                 self.state.backward + self._head_reduction(),
                 self.gathered.blocks,

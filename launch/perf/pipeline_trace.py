@@ -21,7 +21,7 @@ from launch.config.schema import Recipe
 from launch.data.batch import Batch
 from launch.errors import UserError
 from launch.paths import ROOT
-from launch.perf.trace_events import FORWARD, Event, ScheduleRun
+from launch.perf.trace_events import FORWARD, PASSES, WEIGHTS, Event, ScheduleRun
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,9 @@ def check_pipeline(recipe: Recipe) -> None:
     )
 
 
-def trace(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int) -> Traced:
+def trace(
+    recipe: Recipe, ranks: int, schedules: list[str], micro_batches: list[int], steps: int
+) -> Traced:
     """Run `steps` steps per schedule and number of micro batches, on `ranks` local ranks.
 
     With several pipelines (data or tensor parallel size above 1), the first one is recorded. The
@@ -74,11 +76,10 @@ def trace(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int) -> T
     """
     from launch.config.resolve import resolve
     from launch.runtime.local_launcher import run_local_ranks
-    from models.pipeline_schedules import SCHEDULES
 
     parallel, train = recipe.parallel, recipe.train
     data = max(1, ranks // (parallel.tensor * parallel.pipeline))
-    all_steps = len(micro_batches) * len(SCHEDULES) * (WARMUP + steps + 1)
+    all_steps = len(micro_batches) * len(schedules) * (WARMUP + steps + 1)
     changes = {
         "global_batch_size": max(micro_batches) * train.micro_batch_size * data,
         "steps": max(all_steps, train.steps),
@@ -87,7 +88,9 @@ def trace(recipe: Recipe, ranks: int, micro_batches: list[int], steps: int) -> T
     resolve(recipe, plan_layout(recipe, ranks))
     with tempfile.TemporaryDirectory(prefix="trace-") as folder:
         place = Path(folder)
-        run_local_ranks(trace_rank, ranks, recipe.model_dump(), micro_batches, steps, place)
+        run_local_ranks(
+            trace_rank, ranks, recipe.model_dump(), schedules, micro_batches, steps, place
+        )
         found = [
             json.loads((place / f"stage{stage}.json").read_text())
             for stage in range(parallel.pipeline)
@@ -106,7 +109,9 @@ def _merge(parts: tuple[dict[str, Any], ...]) -> ScheduleRun:
     return ScheduleRun(first["schedule"], first["micro_batches"], steps, saved)
 
 
-def trace_rank(values: dict[str, Any], micro_batches: list[int], steps: int, folder: Path) -> None:
+def trace_rank(
+    values: dict[str, Any], schedules: list[str], micro_batches: list[int], steps: int, folder: Path
+) -> None:
     """Train and record; every rank calls it, and one rank per stage writes its record.
 
     Raises:
@@ -118,7 +123,6 @@ def trace_rank(values: dict[str, Any], micro_batches: list[int], steps: int, fol
         import torch
 
         from launch.deepspeed_patches.pipeline import use_schedule
-        from models.pipeline_schedules import SCHEDULES
 
         engine: PipelineEngine = local.engine
         batch = local.batch(0)
@@ -126,7 +130,7 @@ def trace_rank(values: dict[str, Any], micro_batches: list[int], steps: int, fol
         runs = []
         for number in micro_batches:
             engine.set_train_batch_size(number * each)
-            for schedule in SCHEDULES:
+            for schedule in schedules:
                 use_schedule(engine, schedule)
                 found = _record(local, _first(batch, number), steps)
                 runs.append({"schedule": schedule, "micro_batches": number, **found})
@@ -169,7 +173,8 @@ def _record(local: "LocalEngine", batch: Batch, steps: int) -> dict[str, Any]:
     # In a separate step, because the hooks take time.
     saved = SavedBytes(engine.module)
     engine._INSTRUCTION_MAP = {
-        k: saved.watched(run) if k.__name__ == FORWARD else run for k, run in plain.items()
+        k: saved.watched(run, k.__name__) if k.__name__ in PASSES else run
+        for k, run in plain.items()
     }
     train_step(engine, batch)
     engine._INSTRUCTION_MAP = plain
@@ -187,7 +192,7 @@ class _Recorder:
         self._device = device
         # How a micro batch enters a stage: from the data, or from the previous stage.
         self._arrival = "LoadMicroBatch" if engine.is_first_stage() else "RecvActivation"
-        self._arrived = 0
+        self._arrived = self._weighed = 0
         self._in_buffer: dict[int | None, int] = {}
 
     def timed(self, kind: type, run: Instruction) -> Instruction:
@@ -202,7 +207,11 @@ class _Recorder:
             if name == self._arrival:
                 self._arrived += 1
                 self._in_buffer[buffer] = self._arrived
-            self.events.append(Event(name, self._in_buffer.get(buffer), buffer, start, end))
+            number = self._in_buffer.get(buffer)
+            if name == WEIGHTS:  # in the order of arrival, from no buffer
+                self._weighed += 1
+                number = self._weighed
+            self.events.append(Event(name, number, buffer, start, end))
 
         return recorded
 
@@ -231,11 +240,13 @@ class _Kept:
 class SavedBytes:
     """Bytes that autograd currently saves for backward passes; shared memory counts once.
 
-    Parameters are excluded, and so are recomputed activations (`checkpoint_activations`).
+    Parameters are excluded, and so are recomputed activations (`checkpoint_activations`). `waiting`
+    are the bytes that wait for weight passes; the peak counts them too.
     """
 
     module: "nn.Module"
     live: int = 0
+    waiting: int = 0
     peak: int = 0
     _holders: dict[int, int] = field(default_factory=dict)  # by address
 
@@ -252,14 +263,21 @@ class SavedBytes:
             self.live += size
         elif before + change == 0:
             self.live -= size
-        self.peak = max(self.peak, self.live)
+        self.peak = max(self.peak, self.live + self.waiting)
 
-    def watched(self, run: Instruction) -> Instruction:
-        """The instruction, wrapped to count the bytes it saves for the backward pass."""
+    def watched(self, run: Instruction, name: str = FORWARD) -> Instruction:
+        """A pass, wrapped to count what it leaves for later passes."""
         from torch.autograd.graph import saved_tensors_hooks
 
-        def counted(engine: "PipelineEngine", **arguments: int) -> None:
+        def saving(engine: "PipelineEngine", **arguments: int) -> None:
             with saved_tensors_hooks(lambda t: _Kept(self, t), lambda kept: kept.tensor):
                 run(engine, **arguments)
 
-        return counted
+        def counted(engine: "PipelineEngine", **arguments: int) -> None:
+            run(engine, **arguments)
+            if (later := engine.module.later) is not None:
+                storages = [tensor.untyped_storage() for tensor in later.tensors()]
+                self.waiting = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+                self.peak = max(self.peak, self.live + self.waiting)
+
+        return saving if name == FORWARD else counted

@@ -1,13 +1,13 @@
 """The events of pipeline steps, and the bubble and live micro batches computed from them.
 
 The bubble is the idle share of a step. With T the time from the first instruction of any stage to
-the end of the last backward pass of any stage,
+the end of the last pass of any stage,
 
-    idle share of a stage = 1 - (time in its forward and backward passes) / T
+    idle share of a stage = 1 - (time in its forward, backward and weight passes) / T
     bubble                = mean of the idle shares over the stages
 
 Waiting in a send or receive counts as idle, as do messages and data loading. T excludes everything
-after the last backward pass (gradient reduction, optimizer).
+after the last pass (gradient reduction, optimizer).
 """
 
 import statistics
@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from models.pipeline_stages import micro_batches_alive
 
-FORWARD, BACKWARD = "ForwardPass", "BackwardPass"
+FORWARD, BACKWARD, WEIGHTS = "ForwardPass", "BackwardPass", "WeightPass"
+PASSES = (FORWARD, BACKWARD, WEIGHTS)
 
 
 class Event(NamedTuple):
@@ -40,15 +41,15 @@ def idle_shares(stages: Stages) -> list[float]:
     begin, end = span(stages)
     shares = []
     for events in stages:
-        busy = sum(e.end - e.start for e in events if e.instruction in (FORWARD, BACKWARD))
+        busy = sum(e.end - e.start for e in events if e.instruction in PASSES)
         shares.append(1 - busy / (end - begin))
     return shares
 
 
 def span(stages: Stages) -> tuple[float, float]:
-    """Start of a step's first instruction and end of its last backward pass, over all stages."""
+    """Start of a step's first instruction and end of its last pass, over all stages."""
     begin = min(e.start for events in stages for e in events)
-    return begin, max(e.end for events in stages for e in events if e.instruction == BACKWARD)
+    return begin, max(e.end for events in stages for e in events if e.instruction in PASSES)
 
 
 def peak_live(events: list[Event]) -> int:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from launch.perf.trace_events import BACKWARD, FORWARD, ScheduleRun, Stages, span
+from launch.perf.trace_events import BACKWARD, FORWARD, WEIGHTS, ScheduleRun, Stages, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIB = 2**20
 KINDS = {
-    FORWARD: "forward", BACKWARD: "backward",
+    FORWARD: "forward", BACKWARD: "backward", WEIGHTS: "weights",
     "SendActivation": "send", "SendGrad": "send",
     "RecvActivation": "receive", "RecvGrad": "receive",
     "ReduceTiedGrads": "optimizer", "ReduceGrads": "optimizer", "OptimizerStep": "optimizer",
@@ -22,12 +22,13 @@ KINDS = {
 }  # fmt: skip
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {
-    "forward": "#56B4E9", "backward": "#E69F00", "send": "#009E73", "receive": "#CC79A7",
-    "optimizer": "#666666",
+    "forward": "#56B4E9", "backward": "#E69F00", "weights": "#F0E442", "send": "#009E73",
+    "receive": "#CC79A7", "optimizer": "#666666",
 }  # fmt: skip
 MEANING = {
     "forward": "forward pass of a micro batch (its number)",
-    "backward": "backward pass",
+    "backward": "backward pass; of zb-h1, the gradients of inputs",
+    "weights": "weight pass: the gradients of weights",
     "send": "send, with waiting for the receiver",
     "receive": "receive, with waiting for the sender",
     "optimizer": "gradient reduction and optimizer, with waiting for other stages",
@@ -60,9 +61,10 @@ def bubble_table(runs: list[ScheduleRun]) -> Table:
             end_section=run.micro_batches == most,
         )
     shown.caption = (
-        f"p = {stages} stages; ideal: (p-1)/(m+p-1) for 1f1b and gpipe, (p-1)/p for naive. A step: from "
-        "the first instruction to the last backward pass; medians over the steps. Idle: not in a "
-        "forward or backward pass. Gradient reduction and optimizer come after, and do not count"
+        f"p = {stages} stages; ideal: (p-1)/(m+p-1) for 1f1b and gpipe, (p-1)/p for naive, (p-1)/(3m+p-1) "
+        "for zb-h1 from m = p on, if its three passes take equally long. A step: from the first "
+        "instruction to the last pass; medians over the steps. Idle: not in a pass. Gradient reduction "
+        "and optimizer come after, and do not count"
     )
     shown.caption_justify = "left"
     return shown
@@ -84,8 +86,9 @@ def live_table(runs: list[ScheduleRun]) -> Table:
                 style="" if live == expected else "red", end_section=stage == len(rows) - 1,
             )  # fmt: skip
     shown.caption = (
-        "live: forward pass done, backward pass not. Expected: min(p - stage, m) for 1f1b, m for gpipe, "
-        "1 for naive. Saved: what autograd keeps at a time, without parameters"
+        "live: forward pass done, backward pass not. Expected: min(p - stage, m) for 1f1b and zb-h1, m for "
+        "gpipe, 1 for naive. Saved: what autograd keeps at a time, and what waits for weight passes, "
+        "without parameters"
     )
     shown.caption_justify = "left"
     return shown
@@ -198,8 +201,8 @@ def save_picture(runs: list[ScheduleRun], title: str, file: Path) -> None:
         )
     panels[-1, 0].set_xlabel("milliseconds since the step's first instruction")
     boxes = [Patch(facecolor=colour, label=MEANING[kind]) for kind, colour in COLOURS.items()]
-    boxes.insert(2, Patch(**IDLE, label="idle: the bubble"))
-    line = Line2D([], [], label="end of the last backward pass, and of the bubble", **END)
+    boxes.insert(3, Patch(**IDLE, label="idle: the bubble"))
+    line = Line2D([], [], label="end of the last pass, and of the bubble", **END)
     figure.legend(handles=[*boxes, line], loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title)
     figure.savefig(file, dpi=120)
@@ -221,7 +224,7 @@ def _draw(panel: "Axes", stages: Stages, width: float) -> None:
                 continue
             start, stop = _since(stages, event.start), _since(stages, event.end)
             colour = COLOURS[kind]
-            if kind in ("forward", "backward"):
+            if kind in ("forward", "backward", "weights"):
                 box = (start, stop - start)
                 panel.broken_barh([box], tall, facecolor=colour, edgecolor="white", linewidth=0.6)
                 if stop - start > NARROW * width:

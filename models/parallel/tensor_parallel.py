@@ -12,9 +12,12 @@ sequence: the first layer gathers them, and the second reduce-scatters its resul
 A sharded parameter describes its sharding in `parameter.shard` and is marked
 `tensor_model_parallel`, which tells DeepSpeed that its gradient is only a part of the norm.
 Parameters without the mark are the same on every rank and count once.
+
+A layer's `product` computes `x W^T + b`. It is `F.linear`, unless a pipeline stage puts one in its
+place that splits the backward pass (`weight_gradients.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,8 @@ from models.parallel.collectives import (
     reduce_from_group,
     reduce_scatter,
 )
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,12 @@ def _check_divides(what: str, parts: Sequence[int], group: Group) -> None:
 
 
 def column_parallel(
-    x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group: Group,
+    sequence_parallel: bool,
+    product: Product = F.linear,
 ) -> Tensor:
     """`x W^T + b` with the rows of W sharded over the ranks.
 
@@ -118,7 +128,7 @@ def column_parallel(
     The result is `[batch, sequence, out / ranks]`.
     """
     x = all_gather(x, 1, group) if sequence_parallel else copy_to_group(x, group)
-    return F.linear(x, weight, bias)
+    return product(x, weight, bias)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -146,13 +156,16 @@ class ColumnParallelLinear(nn.Module):
         self.group, self.sequence_parallel = group, sequence_parallel
         self.weight = _cut_parameter([sum(parts), in_features], 0, parts, group)
         self.bias = _cut_parameter([sum(parts)], 0, parts, group) if bias else None
+        self.product: Product = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, sequence, in]` to `[batch, sequence, sum(parts) / ranks]`.
 
         See `column_parallel`.
         """
-        return column_parallel(x, self.weight, self.bias, self.group, self.sequence_parallel)
+        return column_parallel(
+            x, self.weight, self.bias, self.group, self.sequence_parallel, self.product
+        )
 
 
 class RowParallelLinear(nn.Module):
@@ -177,6 +190,7 @@ class RowParallelLinear(nn.Module):
         self.group, self.sequence_parallel = group, sequence_parallel
         self.weight = _cut_parameter([out_features, in_features], 1, [in_features], group)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.product: Product = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, sequence, in / ranks]` to `[batch, sequence, out]`, the same on every rank.
@@ -184,8 +198,8 @@ class RowParallelLinear(nn.Module):
         With sequence parallelism: to `[batch, sequence / ranks, out]`.
         """
         if group_size(self.group) == 1:
-            return F.linear(x, self.weight, self.bias)
-        partial = F.linear(x, self.weight)
+            return self.product(x, self.weight, self.bias)
+        partial = self.product(x, self.weight, None)
         if self.sequence_parallel:
             y = reduce_scatter(partial, 1, self.group)
         else:

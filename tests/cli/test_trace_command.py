@@ -17,7 +17,7 @@ from torch import nn
 from launch.paths import ROOT
 from launch.perf.pipeline_trace import SavedBytes
 from launch.perf.trace_events import Event, ScheduleRun, idle_shares, peak_live, span
-from models.pipeline_stages import micro_batches_alive
+from models.pipeline_stages import micro_batches_alive, micro_batches_waiting
 from scripts import trace_pipeline
 from tests.cli.commands import run_forked
 from tests.ranks import forked_local_ranks
@@ -29,11 +29,13 @@ SMALL = [
 # Passes of three micro batches in their order on each of two stages: arXiv:1811.06965, 2104.04473.
 ORDER = {
     "1f1b": ["F1 F2 B1 F3 B2 B3", "F1 B1 F2 B2 F3 B3"],
+    "zb-h1": ["F1 F2 B1 W1 F3 B2 W2 B3 W3", "F1 B1 F2 B2 W1 F3 B3 W2 W3"],  # arXiv:2401.10241
     "gpipe": ["F1 F2 F3 B1 B2 B3", "F1 F2 F3 B1 B2 B3"],
     "naive": ["F1 B1 F2 B2 F3 B3", "F1 B1 F2 B2 F3 B3"],
 }
 LIVE = {  # by the number of micro batches, on each of two stages
     "1f1b": {1: [1, 1], 3: [2, 1]},
+    "zb-h1": {1: [1, 1], 3: [2, 1]},
     "gpipe": {1: [1, 1], 3: [3, 3]},
     "naive": {1: [1, 1], 3: [1, 1]},
 }
@@ -80,7 +82,8 @@ def test_it_prints_the_bubble_beside_the_ideal_one(output: Output) -> None:
     lines = [line.split() for line in output.printed.splitlines() if "%" in line]
     shown = {(words[1], int(words[3])): words[9] for words in lines}
     alone = dict.fromkeys([("1f1b", 1), ("gpipe", 1), ("naive", 1), ("naive", 3)], "50.0%")
-    assert shown == {**alone, ("1f1b", 3): "25.0%", ("gpipe", 3): "25.0%"}
+    alone["zb-h1", 1] = "40.0%"
+    assert shown == {**alone, ("1f1b", 3): "25.0%", ("gpipe", 3): "25.0%", ("zb-h1", 3): "10.0%"}
     assert "2 ranks, " in output.printed
     assert output.folder.joinpath("timeline.png").read_bytes().startswith(b"\x89PNG")
 
@@ -101,8 +104,13 @@ def test_saved_bytes_grow_with_the_live_micro_batches(output: Output) -> None:
         one = saved["naive", "1", row["stage"]]
         assert one > 2 * 32 * 32 * 4, "less than one activation of the residual stream"
         found = saved[row["schedule"], row["micro_batches"], row["stage"]]
-        # On a CPU the labels of all micro batches lie in one tensor, which counts once.
-        assert 0 <= one * int(row["live_micro_batches"]) - found < 0.02 * one
+        live, m = int(row["live_micro_batches"]), int(row["micro_batches"])
+        if micro_batches_waiting(row["schedule"], 2, int(row["stage"]), m):
+            # Inputs of linear layers and the gradients of their outputs; of this model, about as much.
+            assert 0.5 * one < found - one * live < one
+        else:
+            # On a CPU the labels of all micro batches lie in one tensor, which counts once.
+            assert 0 <= one * live - found < 0.02 * one
 
 
 def test_every_micro_batch_passes_each_stage_in_the_schedules_order(output: Output) -> None:
@@ -115,7 +123,7 @@ def test_every_micro_batch_passes_each_stage_in_the_schedules_order(output: Outp
 
 def test_boxes_of_a_stage_do_not_overlap(output: Output) -> None:
     lanes = output.lanes()
-    assert len(lanes) == 6
+    assert len(lanes) == 2 * len(ORDER)
     for boxes in lanes.values():
         for before, after in pairwise(boxes):
             assert before["ts"] + before["dur"] <= after["ts"] + TIE
@@ -149,7 +157,9 @@ def test_the_chrome_trace_is_well_formed(output: Output) -> None:
         assert event["ph"] != "X" or event["dur"] > 0
         if event["ph"] in ("s", "f"):
             (starts if event["ph"] == "s" else ends)[event["id"]] = event
-    assert len(starts) == 3 * 3 * 2, "a message there and one back, a schedule and micro batch"
+    assert len(starts) == len(ORDER) * 3 * 2, (
+        "a message there and one back, a schedule and micro batch"
+    )
     assert starts.keys() == ends.keys()
     for name, start in starts.items():
         assert {start["pid"], ends[name]["pid"]} == {0, 1}
@@ -161,6 +171,11 @@ def test_the_chrome_trace_is_well_formed(output: Output) -> None:
         ("gpt_tiny_zero1", [], "use --config recipes/gpt_tiny_pp2_zero1.yaml, or --set parallel.pip"),
         ("gpt_tiny_pp2_zero1", ["--micro-batches", "4,0"], "--micro-batches: '4,0' is no list of"),
         ("gpt_tiny_pp2_zero1", ["--micro-batches", "some"], "--micro-batches: 'some' is no list of"),
+        ("gpt_tiny_pp2_zero1", ["--schedules", "1f1b,zb"], "--schedules: no schedule 'zb'; they are 1f1b,"),
+        (
+            "gpt_tiny_pp2_zero1", ["--schedules", "zb-h1", "--set", "train.compile=true"],
+            "train.compile: a compiled block's backward pass computes all its gradients at once",
+        ),
         ("gpt_tiny_pp2_zero1", ["--steps", "0"], "--steps: 0 is too few; use 1 or more"),
         ("gpt_tiny_pp2_zero1", ["--ranks", "3"], "parallel: 3 ranks are no multiple of tensor 1 x"),
     ],

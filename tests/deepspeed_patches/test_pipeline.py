@@ -75,3 +75,51 @@ def test_engine_keeps_one_loss_and_all_logits() -> None:
     gradient, holds_logits = run_ranks(gradient_and_logits_of_the_first_micro_batch, 1)[0]
     assert gradient == 5.0, repaired("pipeline.use_schedule")
     assert holds_logits, repaired("pipeline.use_schedule")
+
+
+def sums_and_gradient_with_one_between() -> tuple[float, float]:
+    """A pipeline of one stage: a gradient of 1 between two backward passes that have one of 2 each."""
+    import torch
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.runtime.pipe import schedule
+
+    start()
+    model = PipelineModule(
+        [LayerSpec(torch.nn.Linear, 1, 1, bias=False)],
+        num_stages=1,
+        loss_fn=lambda y, label: y.sum(),
+    )
+    engine = initialize(
+        model,
+        {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": {"stage": 1},
+        },
+    )
+    inputs = torch.full((1, 1), 2.0, dtype=torch.bfloat16)
+    engine.set_dataiterator(iter([(inputs, inputs)] * 2))
+    weight = next(model.parameters())
+
+    class Between(schedule.PipeSchedule):
+        def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
+            for _ in range(2):
+                yield [
+                    schedule.LoadMicroBatch(0),
+                    schedule.ForwardPass(0),
+                    schedule.BackwardPass(0),
+                ]
+                weight.backward(torch.ones_like(weight))
+
+        def num_pipe_buffers(self) -> int:
+            return 1
+
+    engine._compute_loss = True
+    engine._exec_schedule(Between(micro_batches=2, stages=1, stage_id=0))
+    return weight._hp_grad.item(), weight.grad.item()
+
+
+def test_gradients_between_backward_passes_are_lost() -> None:
+    summed, left = run_ranks(sums_and_gradient_with_one_between, 1)[0]
+    assert summed == 4.0, repaired("pipeline.run_weight_passes")
+    assert left == 3.0, repaired("pipeline.run_weight_passes")

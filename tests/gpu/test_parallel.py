@@ -24,6 +24,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor 2 with sequence, ZeRO-1": (1, SEQUENCE),
     "tensor 2 with sequence, ZeRO-3": (3, SEQUENCE),
     **{f"pipeline 2, 1f1b, ZeRO-{stage}": (stage, PIPELINE) for stage in range(2)},
+    "pipeline 2, zb-h1, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=zb-h1")),
     "pipeline 2, gpipe, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=gpipe")),
     "pipeline 2, naive, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=naive")),
 }

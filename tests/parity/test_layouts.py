@@ -12,7 +12,7 @@ from _pytest.mark import ParameterSet
 from launch.config.load import load_recipe
 from launch.config.schema import Recipe
 from launch.paths import ROOT
-from tests.parity.cases import CLIP, FAMILIES, NO_CLIP, Case, Workbench
+from tests.parity.cases import CLIP, DOCUMENTS, FAMILIES, NO_CLIP, Case, Workbench
 from tests.parity.kinds import OFFLOAD, PP2, TP2
 from tests.selection import representatives
 
@@ -63,6 +63,7 @@ SIX_HEADS = (
 )  # fmt: skip
 # One key head on four ranks, each with a quarter of its rows; norms of heads on every rank.
 ONE_KEY = ("parallel.tensor=4", "model.kv_heads=1", "model.qk_norm=true", "model.tied=true")
+ZERO_BUBBLE = "parallel.schedule=zb-h1"
 SPECIAL = [
     *(
         Case("zero1", ranks, "bf16", family, overrides=(*degrees, LOW_SUMS))
@@ -95,6 +96,11 @@ SPECIAL = [
     Case("zero1", 4, "fp32", "llama", overrides=(*ONE_KEY, "parallel.sequence=true")),
     Case("zero3", 4, "bf16", "llama", overrides=ONE_KEY),
     Case("zero1", 4, "fp32", "llama", overrides=(TP2, PP2, *ONE_KEY[1:])),
+    Case("zero0", 2, "bf16", "gpt2", overrides=(PP2, ZERO_BUBBLE), uneven_weights=True),
+    Case("zero1", 4, "fp32", "llama", overrides=(TP2, PP2, "parallel.sequence=true", ZERO_BUBBLE)),
+    Case("zero1", 4, "bf16", "gpt2", overrides=(TP2, PP2, "model.vocab=321", ZERO_BUBBLE)),
+    Case("zero1", 2, "bf16", "gpt2", overrides=(PP2, *OFFLOAD, ZERO_BUBBLE)),
+    Case("zero1", 2, "bf16", "llama", overrides=(PP2, DOCUMENTS, LOW_SUMS, ZERO_BUBBLE)),
 ]  # fmt: skip
 
 
@@ -121,7 +127,7 @@ def test_the_tiny_recipes_cover_the_kinds_of_parallelism() -> None:
     recipes: list[Recipe] = [load_recipe(file) for file in RECIPES]
     degrees = {(r.parallel.tensor > 1, r.parallel.pipeline > 1) for r in recipes}
     assert degrees == {(True, False), (False, True), (True, True)}
-    assert {r.parallel.schedule for r in recipes} >= {"1f1b", "gpipe"}
+    assert {r.parallel.schedule for r in recipes} >= {"1f1b", "zb-h1", "gpipe"}
     assert any(r.parallel.sequence for r in recipes)
     assert 8 in {case.ranks for case in _recipe_cases()}
 

@@ -15,7 +15,7 @@ from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, Recipe
-from launch.memory.activations import Precision, block_bytes
+from launch.memory.activations import Precision, block_bytes, waiting_bytes
 from launch.memory.estimate import StageMemory, estimate
 from launch.memory.shapes import count, stage_shapes
 from launch.paths import ROOT
@@ -24,7 +24,9 @@ from models.attention import attention_inputs
 from models.config import SIZES, GPTConfig, count_parameters
 from models.gpt import Block
 from models.parallel.grid import Grid
+from models.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from models.parallel.topology import Topology
+from models.parallel.weight_gradients import WeightGradients
 from models.pipeline import layer_specs
 from models.pipeline_schedules import SCHEDULES
 from models.pipeline_stages import micro_batches_alive, stage_bounds
@@ -140,6 +142,41 @@ def kept_bytes(config: GPTConfig, sequence_parallel: bool, dtype: torch.dtype) -
     )
     out.sum().backward()
     return total / (BATCH * SEQUENCE)
+
+
+def waiting_bytes_of(config: GPTConfig, sequence_parallel: bool) -> float:
+    """Bytes a token with which a real block waits for its weight gradients."""
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    tp = Topology(Grid(tensor=size), max(1, size // config.kv_heads)).tensor_parallel(
+        sequence_parallel
+    )
+    block, later = Block(config, tp), WeightGradients()
+    for module in block.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module.product = later.linear
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    tokens = SEQUENCE // size if sequence_parallel else SEQUENCE
+    x = torch.randn(BATCH, tokens, config.hidden, requires_grad=True)
+    block(x, attention_inputs(config, SEQUENCE, None, x.device)).square().sum().backward()
+    storages = [tensor.untyped_storage() for tensor in later.tensors()]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values()) / (BATCH * SEQUENCE)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=str
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_waits_with_the_bytes_of_the_formula(
+    family: str, ranks: int, sequence_parallel: bool
+) -> None:
+    config = FAMILIES[family]
+    expected = waiting_bytes(config, ranks, Precision(4, 4))
+    found = run_ranks(waiting_bytes_of, ranks, config, sequence_parallel)
+    assert found == [expected] * ranks
+    if family == "gpt" and ranks == 1:
+        assert expected == 2 * 32 * config.hidden == block_bytes(config, 1, False, Precision(4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

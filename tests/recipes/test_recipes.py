@@ -36,6 +36,7 @@ README = ROOT / "recipes" / "README.md"
 TINY = (
     "zero0", "zero1", "zero2", "zero3", "zero2_offload_cpu", "zero3_offload_cpu",
     "zero3_offload_nvme", "tp2_zero1", "tp2_zero3", "pp2_zero1", "pp2_gpipe_zero1", "pp4_zero1",
+    "pp4_zb_zero1",
     "pp2_tp2_zero1", "3d_zero1",
 )  # fmt: skip
 PARALLEL = (
@@ -90,7 +91,7 @@ def layout_names(file: Path) -> list[str]:
     """What a recipe's parallel block may be called in its name."""
     parallel = load_recipe(file).parallel
     stages = f"_pp{parallel.pipeline}" if parallel.pipeline > 1 else ""
-    order = f"_{parallel.schedule}" if parallel.schedule != "1f1b" else ""
+    order = f"_{parallel.schedule.partition('-')[0]}" if parallel.schedule != "1f1b" else ""
     tensor = f"_tp{parallel.tensor}" if parallel.tensor > 1 else ""
     names = [stages + order + tensor]
     data = header_ranks(file) // (parallel.tensor * parallel.pipeline)

@@ -55,6 +55,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pipeline 2, stage 1, bf16": ("zero1.json", {}),
     "pipeline 2 x data 2, gpipe, stage 1, fp32": ("zero1.json", FP32),
     "pipeline 2 x tensor 2, stage 1, fp32": ("zero1.json", FP32),
+    "pipeline 2, zb-h1, stage 1, bf16": ("zero1.json", {}),
 }
 
 
@@ -65,8 +66,9 @@ def _parallel(layout: str) -> dict[str, Any]:
     }
     if "sequence" in layout:
         found["sequence"] = True
-    if "gpipe" in layout:
-        found["schedule"] = "gpipe"
+    for schedule in ("gpipe", "zb-h1"):
+        if schedule in layout:
+            found["schedule"] = schedule
     return found
 
 

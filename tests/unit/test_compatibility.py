@@ -109,6 +109,10 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "hf_qwen3_0b6_zero2", (TENSOR, "train.compile=true"),
         r"train.compile: .* use train.compile=false, or parallel.tensor=1",
     ),
+    "compiled zero-bubble": (
+        "zero1", (PIPELINE, "parallel.schedule=zb-h1", "train.compile=true"),
+        r"train.compile: .* zb-h1 puts .* use parallel.schedule=1f1b, or train.compile=false",
+    ),
     "heads": ("zero1", ("parallel.tensor=3",), r"parallel.tensor: 3 ranks do not .* use 2 or 4"),
     "too many key/value heads": (
         "zero1", ("parallel.tensor=4", "model.heads=12", "model.hidden=384", "model.kv_heads=3"),

@@ -157,7 +157,7 @@ def test_null_takes_a_value_back(good: Path) -> None:
         ),
         (
             "parallel.schedule=interleaved",
-            "parallel.schedule: Input should be '1f1b', 'gpipe' or 'naive'",
+            "parallel.schedule: Input should be '1f1b', 'zb-h1', 'gpipe' or 'naive'",
         ),
         ("deepspeed.config=null", "deepspeed.config: name a JSON file, for example ds_configs/"),
         ("train.steps", "--set train.steps: write key=value, for example train.steps=30"),

@@ -20,8 +20,8 @@ from deepspeed.runtime.pipe.schedule import (
 )
 
 from models import pipeline_schedules as schedules
-from models.pipeline_schedules import SCHEDULES, KeepLoss, TakeLoss
-from models.pipeline_stages import ideal_bubble
+from models.pipeline_schedules import SCHEDULES, KeepLoss, TakeLoss, WeightPass
+from models.pipeline_stages import ideal_bubble, micro_batches_waiting
 
 SIZES = [(stages, micro_batches) for stages in range(1, 6) for micro_batches in range(1, 9)]
 
@@ -36,19 +36,31 @@ class Buffer:
     done: set[str] = field(default_factory=set)
 
 
-class Stage:
-    """Runs one stage's instructions. A pass takes one unit of time, and messages take none."""
+Durations = tuple[float, float, float]
+UNIT: Durations = (1.0, 1.0, 1.0)
 
-    def __init__(self, schedule: str, micro_batches: int, stages: int, stage: int) -> None:
+
+class Stage:
+    """Runs one stage's instructions.
+
+    A forward, backward and weight pass take the given units of time, and messages take none.
+    """
+
+    def __init__(
+        self, schedule: str, micro_batches: int, stages: int, stage: int, takes: Durations
+    ) -> None:
         plan = SCHEDULES[schedule](micro_batches, stages, stage)
         self.todo: deque[PipeInstruction] = deque(todo for step in plan.steps() for todo in step)
         self.buffers: list[Buffer | None] = [None] * plan.num_pipe_buffers()
         self.first, self.last = stage == 0, stage == stages - 1
-        self.now = self.loaded = self.peak = 0
+        self.takes = takes
+        self.now = 0.0
+        self.loaded = self.peak = self.waiting = self.held = 0
         self.loss: int | None = None  # the engine's only one: the last forward pass's
         self.line: list[str] = []  # what it did in each unit of time, as the module draws it
         self.forwards: list[int] = []
         self.backwards: list[int] = []
+        self.weights: list[int] = []
 
     def whole_life(self) -> set[str]:
         """What a buffer must have seen before it may be used again."""
@@ -80,22 +92,29 @@ class Stage:
         self.loaded += 1
 
     def compute(self, todo: PipeInstruction) -> None:
-        """Forward or backward of a micro batch."""
-        if isinstance(todo, ForwardPass):
+        """Forward or backward pass of a micro batch, or its weight pass."""
+        if isinstance(todo, WeightPass):
+            number, kind = len(self.weights), 2
+            assert number < len(self.backwards), "no micro batch waits"
+            self.weights.append(number)
+        elif isinstance(todo, ForwardPass):
             buffer = self.buffer(todo.buffer_id, set(), "forward")
             assert not self.last or buffer.labels == buffer.micro_batch
             self.loss = buffer.micro_batch
-            self.forwards.append(buffer.micro_batch)
+            number, kind = buffer.micro_batch, 0
+            self.forwards.append(number)
             self.peak = max(self.peak, len(self.forwards) - len(self.backwards))
+            self.waiting = max(self.waiting, len(self.backwards) - len(self.weights))
+            self.held = max(self.held, len(self.forwards) - len(self.weights))
         else:
             needs = {"forward"} if self.last else {"forward", "sent on", "got gradient"}
             buffer = self.buffer(todo.buffer_id, needs, "backward")
             assert not self.last or self.loss == buffer.micro_batch, "another one's loss"
-            self.backwards.append(buffer.micro_batch)
-        self.line += ["."] * (self.now - len(self.line))
-        start = "1" if isinstance(todo, ForwardPass) else "A"
-        self.line.append(chr(ord(start) + buffer.micro_batch))
-        self.now += 1
+            number, kind = buffer.micro_batch, 1
+            self.backwards.append(number)
+        self.line += ["."] * (round(self.now) - len(self.line))
+        self.line.append(chr(ord("1Aa"[kind]) + number))
+        self.now += self.takes[kind]
 
     def keep_or_take_loss(self, todo: KeepLoss | TakeLoss) -> None:
         """Put the engine's loss into the micro batch's buffer, or back."""
@@ -113,7 +132,7 @@ class Stage:
             self.todo[0], SendActivation | RecvActivation | SendGrad | RecvGrad
         ):
             todo = self.todo.popleft()
-            if isinstance(todo, ForwardPass | BackwardPass):
+            if isinstance(todo, ForwardPass | BackwardPass | WeightPass):
                 self.compute(todo)
             elif isinstance(todo, LoadMicroBatch):
                 self.load(todo.buffer_id)
@@ -145,9 +164,9 @@ def meet(stage: Stage, following: Stage) -> bool:
     return True
 
 
-def play(schedule: str, stages: int, micro_batches: int) -> list[Stage]:
+def play(schedule: str, stages: int, micro_batches: int, takes: Durations = UNIT) -> list[Stage]:
     """Run a step on all stages, with sends and receives that wait for each other."""
-    ranks = [Stage(schedule, micro_batches, stages, stage) for stage in range(stages)]
+    ranks = [Stage(schedule, micro_batches, stages, stage, takes) for stage in range(stages)]
     while any(rank.todo for rank in ranks):
         moved = [rank.alone() for rank in ranks]
         moved += [meet(*pair) for pair in pairwise(ranks)]
@@ -163,7 +182,7 @@ def test_every_micro_batch_goes_there_and_back(
     everything = list(range(micro_batches))
     for number, stage in enumerate(play(schedule, stages, micro_batches)):
         assert stage.forwards == stage.backwards == everything
-        alive = {"1f1b": stages - number, "gpipe": micro_batches, "naive": 1}[schedule]
+        alive = {"gpipe": micro_batches, "naive": 1}.get(schedule, stages - number)
         assert stage.peak == min(alive, micro_batches)
         # What is left over was overwritten by nobody, and has been sent where it had to be.
         assert all(b is None or b.done == stage.whole_life() for b in stage.buffers)
@@ -175,8 +194,31 @@ def test_the_idle_share_is_the_ideal_bubble(schedule: str, stages: int, micro_ba
     ranks = play(schedule, stages, micro_batches)
     length = max(rank.now for rank in ranks)
     for rank in ranks:
-        idle = 1 - (len(rank.forwards) + len(rank.backwards)) / length
+        idle = 1 - (len(rank.forwards) + len(rank.backwards) + len(rank.weights)) / length
         assert idle == pytest.approx(ideal_bubble(schedule, stages, micro_batches))
+
+
+@pytest.mark.parametrize("takes", [(1.0, 1.3, 0.9), (1.0, 2.2, 0.9), (1.0, 1.4, 0.6)])
+@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 8), (4, 8), (5, 16)])
+def test_zero_bubble_waits_as_long_as_its_paper_says(
+    stages: int, micro_batches: int, takes: Durations
+) -> None:
+    """arXiv:2401.10241: (p - 1) (F + B - W), where no pass is as long as another."""
+    forward, backward, weight = takes
+    ranks = play("zb-h1", stages, micro_batches, takes)
+    expected = micro_batches * sum(takes) + (stages - 1) * (forward + backward - weight)
+    assert max(rank.now for rank in ranks) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), SIZES)
+def test_zero_bubble_holds_no_more_micro_batches_than_1f1bs_first_stage(
+    stages: int, micro_batches: int
+) -> None:
+    for number, stage in enumerate(play("zb-h1", stages, micro_batches)):
+        assert stage.weights == list(range(micro_batches))
+        assert stage.held == min(stages, micro_batches)
+        waiting = micro_batches_waiting("zb-h1", stages, number, micro_batches)
+        assert stage.waiting == waiting == stage.held - stage.peak
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -187,15 +229,19 @@ def test_a_step_ends_with_reductions_and_the_optimizer(schedule: str) -> None:
         assert sum(isinstance(one, OptimizerStep) for one in todo) == 1
 
 
+def drawing(schedule: str, stage: int) -> str:
+    """A stage's line in the module's drawing: three stages, four micro batches."""
+    ranks = play(schedule, 3, 4)
+    line = ranks[stage].line
+    return " ".join(line + ["."] * (max(len(rank.line) for rank in ranks) - len(line)))
+
+
 def test_the_drawing_is_what_happens() -> None:
     drawn = [" ".join(line.split()) for line in (schedules.__doc__ or "").splitlines()]
     for stage in range(3):
-        lines = []
-        for schedule in ("gpipe", "1f1b"):
-            ranks = play(schedule, 3, 4)
-            length = max(rank.now for rank in ranks)
-            line = ranks[stage].line
-            lines.append(" ".join(line + ["."] * (length - len(line))))
+        lines = [drawing(schedule, stage) for schedule in ("gpipe", "1f1b")]
+        split = "zb-h1 " if stage == 0 else ""
+        assert f"{split}stage {stage} {drawing('zb-h1', stage)}" in drawn
         names = ("gpipe ", "1f1b ") if stage == 0 else ("", "")
         assert f"{names[0]}stage {stage} {lines[0]} {names[1]}{lines[1]}" in drawn
 

@@ -31,8 +31,13 @@ from tests.parity.faults import (
     tensor,
     workarounds,
     zero,
+    zero_bubble,
 )
 
 ONE_MODEL = [fault for kind in (model, zero, clip, optimizer, data, sft) for fault in kind.FAULTS]
-SHARDED = [fault for kind in (tensor, sequence, pipeline, hf, workarounds) for fault in kind.FAULTS]
+SHARDED = [
+    fault
+    for kind in (tensor, sequence, pipeline, zero_bubble, hf, workarounds)
+    for fault in kind.FAULTS
+]
 FAULTS = [*ONE_MODEL, *SHARDED]
