@@ -179,6 +179,11 @@ class Step:
             ),
             "the update": self._parts(self.state.gradients, 0, 0, self._update(), 0),
         }
+        if self.head and kept.sent:
+            # The gradient of the logits is there, and the stage's own input gets one too.
+            found["the output projection's backward pass"] = self._parts(
+                before + own, micro + kept.received, logits - kept.logits - done + kept.sent, waiting, 0
+            )
         if self.kind == "bf16":
             # A pipeline's other micro batches are there while the last gradient is added.
             others = micro - kept.kept
