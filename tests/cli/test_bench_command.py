@@ -83,7 +83,7 @@ def test_rows_train_the_same_in_one_run(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("layout", "peers"),
     [
-        (["model.tied=false"], {"torch_compiled", "fsdp2", "raw_deepspeed"}),
+        (["model.tied=false"], {"torch_compiled", "fsdp2", "raw_deepspeed", "hf_trainer"}),
         (["parallel.tensor=2"], {"dtensor"}),
         (["parallel.tensor=2", "parallel.sequence=true", "model.bias=false"], {"dtensor"}),
     ],

@@ -127,7 +127,7 @@ def plan_rows(sweep: Sweep, skipped: Callable[[str, str], None]) -> list[Row]:
             skipped(lever.name, changed or "the recipe has it already")
     rows += [_written(text, base, sweep) for text in sweep.rows]
     for peer in sweep.peers:
-        if reason := why_not(peer, recipe, sweep.ranks):
+        if reason := why_not(peer, recipe, base.ds_config, sweep.ranks):
             skipped(peer, reason)
         else:
             rows.append(replace(base, name=peer, kind="peer"))
