@@ -95,7 +95,7 @@ def _of_another_model(recipe: Recipe) -> str | None:
     return None
 
 
-def measure_peer(values: dict[str, Any], folder: Path, trace: str | None, name: str) -> None:
+def measure_peer(values: dict[str, Any], trace: str | None, name: str) -> dict[str, Any]:
     """Time a peer; every rank calls it, with the arguments of `launch.perf.bench.measure.measure_plain`.
 
     Raises:
@@ -109,12 +109,13 @@ def measure_peer(values: dict[str, Any], folder: Path, trace: str | None, name: 
     import torch.distributed as dist
 
     from launch.ops.builder import build_ops, ops_needed
-    from launch.perf.bench.measure import trace_file, write_measured
+    from launch.perf.bench.measure import measured_by, trace_file, use_threads
     from launch.perf.bench.watch import Watch
     from launch.perf.peers.job import Job
     from launch.runtime.process_group import init_process_group
     from launch.training.setup import plan_run
 
+    use_threads()
     recipe = recipe_from_dict(values)
     if name == "megatron_core" and recipe.parallel.tensor > 1:
         # As Megatron asks for, so that a collective starts before the layer that it is to overlap with.
@@ -127,5 +128,4 @@ def measure_peer(values: dict[str, Any], folder: Path, trace: str | None, name: 
     importlib.import_module(f"launch.perf.peers.{name}").train(job)
     losses = torch.stack(job.losses)
     dist.all_reduce(losses)
-    means = (losses / ranks.world_size).tolist()
-    write_measured(folder, ranks.rank, watch, means, [ranks.device])
+    return measured_by(watch, (losses / ranks.world_size).tolist(), [ranks.device])
