@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from launch.config.layout import Layout
 from launch.config.schema import Recipe
-from launch.ds_json.view import zero_stage
+from launch.ds_json.view import is_enabled, zero_stage
 from launch.errors import UserError
 
 ZERO = "deepspeed.zero_optimization"
@@ -68,6 +68,12 @@ def _stages_of_a_pipeline(setting: Setting) -> str | None:
     return None if setting.recipe.parallel.pipeline > 1 else "parallel.pipeline is 1"
 
 
+def _bf16_optimizer(setting: Setting) -> str | None:
+    if setting.stage == 1 and is_enabled(setting.ds_config, "bf16"):
+        return None
+    return "DeepSpeed reads it at ZeRO stage 1 in bf16 alone"
+
+
 def _micro_batch(factor: float) -> Callable[[Setting], tuple[str, ...]]:
     return lambda setting: (f"train.micro_batch_size={int(setting.layout.micro_batch * factor)}",)
 
@@ -120,6 +126,30 @@ LEVERS = (
         "all forward passes, then all backward passes",
         _set("parallel.schedule=gpipe"),
         _stages_of_a_pipeline,
+    ),
+    Lever(
+        "partition-parameters",
+        "stages with as many parameters",
+        _set("parallel.partition=parameters"),
+        _stages_of_a_pipeline,
+    ),
+    Lever(
+        "partition-flops",
+        "stages that compute as long, the output projection included",
+        _set("parallel.partition=flops"),
+        _stages_of_a_pipeline,
+    ),
+    Lever(
+        "gradients-at-once",
+        "each gradient is added to its fp32 sum as it comes",
+        _set("deepspeed.bf16.immediate_grad_update=true"),
+        _bf16_optimizer,
+    ),
+    Lever(
+        "gradients-after",
+        "gradients are added to their fp32 sums after each backward pass",
+        _set("deepspeed.bf16.immediate_grad_update=false"),
+        _bf16_optimizer,
     ),
     Lever(
         "overlap-on",

@@ -9,7 +9,7 @@ import pytest
 from launch.errors import UserError
 from launch.paths import ROOT
 from scripts import bench as command
-from tests.ranks import forked_local_ranks
+from tests.ranks import RankDiedError, run_ranks
 
 SMALL = [
     "train.global_batch_size=8", "train.micro_batch_size=2", "model.layers=2", "model.hidden=32",
@@ -23,9 +23,8 @@ def arguments(*words: str) -> list[str]:
 
 
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # peers compile; that is not what is tested here
-    monkeypatch.setattr("launch.runtime.local_launcher.run_local_ranks", forked_local_ranks)
 
 
 def run(*words: str) -> int:
@@ -33,7 +32,7 @@ def run(*words: str) -> int:
     return command.run(command.parse_arguments(arguments(*few, *words)))
 
 
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("uncompiled")
 def test_rows_train_the_same_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One device, layer-wise in one process, the recipe, a lever, a row on fewer ranks, and a peer."""
     out = tmp_path / "rows.jsonl"
@@ -79,11 +78,11 @@ def test_rows_train_the_same_in_one_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.matrix
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("layout", "peers"),
     [
-        (["model.tied=false"], {"torch_compiled", "fsdp2", "raw_deepspeed"}),
+        (["model.tied=false"], {"torch_compiled", "fsdp2", "raw_deepspeed", "hf_trainer"}),
         (["parallel.tensor=2"], {"dtensor"}),
         (["parallel.tensor=2", "parallel.sequence=true", "model.bias=false"], {"dtensor"}),
     ],
@@ -99,22 +98,27 @@ def test_peers_train_what_the_plain_loop_trains(
         assert line["kind"] == "plain" or line["equal"] is True, line
 
 
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("uncompiled")
 def test_a_row_that_fails_is_a_line_and_a_known_plain_loop_is_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.jsonl"
 
-    def crash(function: Any, world_size: int, *args: Any) -> None:
-        if args[0]["train"]["micro_batch_size"] == 4:
-            raise UserError("rank 1 failed, traceback above: CUDA out of memory. Tried to allocate")
-        forked_local_ranks(function, world_size, *args)
+    errors = {4: RuntimeError("CUDA out of memory. Tried to allocate"), 1: RankDiedError("rank 1")}
 
-    monkeypatch.setattr("launch.runtime.local_launcher.run_local_ranks", crash)
-    assert run("--row", "mb4: train.micro_batch_size=4", "--out", str(out)) == 0
+    def crash(function: Any, world_size: int, *args: Any, **named: Any) -> Any:
+        if error := errors.get(args[0]["train"]["micro_batch_size"]):
+            raise error
+        return run_ranks(function, world_size, *args, **named)
+
+    monkeypatch.setattr("launch.perf.bench.run.run_ranks", crash)
+    rows = ["--row", "mb4: train.micro_batch_size=4", "--row", "mb1: train.micro_batch_size=1"]
+    assert run(*rows, "--out", str(out)) == 0
     assert "failed: out of memory" in capsys.readouterr().out
-    plain, recipe, failed = map(json.loads, out.read_text().splitlines())
-    assert (plain["error"], recipe["error"], failed["error"]) == (None, None, "out of memory")
+    lines = list(map(json.loads, out.read_text().splitlines()))
+    failed = [None, None, "out of memory", "RankDiedError: rank 1"]
+    assert [line["error"] for line in lines] == failed
+    plain = lines[0]
 
     # The same with known losses, of which one is wrong.
     plain["losses"][2] *= 1.01
@@ -126,7 +130,7 @@ def test_a_row_that_fails_is_a_line_and_a_known_plain_loop_is_not_run_again(
     (row,) = [text for text in said.out.splitlines() if "NOT EQUAL: " in text]
     assert "at step 3" in row
     assert row.split()[3:10] == ["-"] * 7, "what is not equal has no speed"
-    assert len(out.read_text().splitlines()) == 4, "rows are appended"
+    assert len(out.read_text().splitlines()) == 5, "rows are appended"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from launch.perf.bench.rows import Row, Sweep, plan_rows
 from launch.perf.levers import LEVERS
 
 BOUNDS = Tolerances(first_loss=1e-6, loss=1e-4, grad_norm=1.0, matrices=1.0, vectors=1.0)
-SETS = ("train.steps=4", "train.compile=false")
+SETS = ("train.steps=4", "train.compile=false", "deepspeed.bf16.enabled=true")
 
 
 def sweep(recipe: str, ranks: int, rows: tuple[str, ...] = ()) -> tuple[list[Row], dict[str, str]]:
@@ -55,7 +55,10 @@ def test_each_lever_applies_to_some_recipe() -> None:
         )
         for row in sweep(recipe, 2)[0]
     }
-    already = {"compile-off", "recompute-off", "sequence-off", "schedule-1f1b", "overlap-on"}
+    already = {
+        "compile-off", "recompute-off", "sequence-off", "schedule-1f1b", "overlap-on",
+        "partition-parameters", "gradients-at-once",
+    }  # fmt: skip
     assert {lever.name for lever in LEVERS} - applied == already
 
 
@@ -104,10 +107,11 @@ def test_the_first_loss_has_no_tighter_bound_in_16_bits() -> None:
     from launch.perf.bench.equality import bounds_of
 
     (_, row, *_), _ = sweep("gpt_tiny_zero1", 2)
-    assert bounds_of(row).first_loss == 5e-7
-    half = row.recipe.model_copy(update={"deepspeed": {"config": "ds_configs/zero1.json"}})
-    found = bounds_of(replace(row, recipe=half))
-    assert found.first_loss == found.loss > 5e-5
+    half = bounds_of(row)
+    assert half.first_loss == half.loss > 5e-5
+    whole = {**row.recipe.deepspeed, "bf16": {"enabled": False}}
+    recipe = row.recipe.model_copy(update={"deepspeed": whole})
+    assert bounds_of(replace(row, recipe=recipe)).first_loss == 5e-7
 
 
 def test_quantiles() -> None:

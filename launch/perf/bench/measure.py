@@ -1,6 +1,6 @@
-"""Train a row's steps in its ranks, and write down what each rank measured."""
+"""Train a row's steps in its ranks; each rank returns what it measured."""
 
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from launch.training.train_step import StepResult
 
 
-def measure_plain(
-    values: dict[str, Any], folder: Path, trace: str | None, devices: int = 1
-) -> None:
+def measure_plain(values: dict[str, Any], trace: str | None, devices: int = 1) -> dict[str, Any]:
     """Time the plain loop on this process's device, or layer-wise on several; one rank calls it.
 
-    `folder` gets what was measured. With `trace`, how a file's name begins, the last steps are profiled.
+    With `trace`, how a file's name begins, the last steps are profiled.
 
     Raises:
         UserError: if there are fewer GPUs or fewer layers than `devices`.
@@ -38,6 +36,7 @@ def measure_plain(
     from launch.training.build_model import build_model
 
     plan = plan_reference(recipe_from_dict(values))
+    use_threads()
     cuda = torch.cuda.is_available()
     if cuda and torch.cuda.device_count() < devices:
         raise UserError(
@@ -59,25 +58,35 @@ def measure_plain(
         reference.compile()
     watch = Watch(places[0], train.steps, trace_file(trace, 0))
     losses = run_steps(watch, plan.batch, reference.train_step)
-    write_measured(folder, 0, watch, losses, places)
+    return measured_by(watch, losses, places)
 
 
-def measure_recipe(values: dict[str, Any], folder: Path, trace: str | None) -> None:
-    """Time the recipe's own layout; every rank calls it, with the arguments of `measure_plain`.
+def measure_recipe(values: dict[str, Any], trace: str | None, scratch: Path) -> dict[str, Any]:
+    """Time the recipe's own layout; every rank calls it.
+
+    `values` and `trace` are those of `measure_plain`, `scratch` that of `local_engine`.
 
     Raises:
         UserError: as `launch/train.py`.
     """
     from launch.training.setup import local_engine
 
-    with local_engine(values, folder) as local:
+    use_threads()
+    with local_engine(values, scratch) as local:
         from launch.training.train_step import train_step
 
         ranks = local.ranks
         steps = local.plan.recipe.train.steps
         watch = Watch(ranks.device, steps, trace_file(trace, ranks.rank))
         losses = run_steps(watch, local.batch, lambda batch: train_step(local.engine, batch))
-        write_measured(folder, ranks.rank, watch, losses, [ranks.device])
+        return measured_by(watch, losses, [ranks.device])
+
+
+def use_threads() -> None:
+    """Take the threads that `OMP_NUM_THREADS` allows: torch was imported before it was set."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def trace_file(beginning: str | None, rank: int) -> Path | None:
@@ -97,16 +106,14 @@ def run_steps(
     return [float(result.loss) for result in results]
 
 
-def write_measured(
-    folder: Path, rank: int, watch: Watch, losses: list[float], devices: "list[torch.device]"
-) -> None:
-    """Write what a rank measured: `run.py` reads it."""
+def measured_by(watch: Watch, losses: list[float], devices: "list[torch.device]") -> dict[str, Any]:
+    """What a rank measured, as plain values."""
     import torch
 
     from launch.runtime.hardware import device_peak_tflops, peak_memory_gib
 
     gpu = devices[0].type == "cuda"
-    measured = {
+    return {
         "seconds": watch.seconds(),
         "losses": losses,
         "memory_gib": max(peak_memory_gib(place) for place in devices),
@@ -115,4 +122,3 @@ def write_measured(
         "profile": watch.profile(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
     }
-    (folder / f"rank{rank:04d}.json").write_text(json.dumps(measured))

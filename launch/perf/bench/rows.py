@@ -12,7 +12,7 @@ from launch.config.layout import Layout, plan_layout
 from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, Recipe
-from launch.ds_json.view import optimizer_block
+from launch.ds_json.view import block, is_enabled, optimizer_block
 from launch.errors import UserError
 from launch.perf.levers import Lever, Setting
 from launch.perf.peers.run import why_not
@@ -75,14 +75,17 @@ class Row:
         """
         model, train = self.recipe.model, self.recipe.train
         kind, settings = optimizer_block(self.ds_config)
-        precisions = ("bf16", "fp16", "torch_autocast", "gradient_clipping")
+        precisions = ("bf16", "fp16", "torch_autocast")
         parts: list[Any] = [
             {"shape": asdict(model.shape), "init_from": model.init_from}
             if isinstance(model, GPTModel)
             else model.model_dump(exclude={"checkpoint_activations"}),
             self.recipe.data.model_dump(exclude={"cache_dir"}),
             train.model_dump(include={"steps", "global_batch_size", "seed", "schedule"}),
-            [self.ds_config.get(name) for name in precisions],
+            [is_enabled(self.ds_config, name) for name in precisions],
+            [block(self.ds_config, "torch_autocast").get("dtype")],
+            [block(self.ds_config, "fp16").get("loss_scale")],
+            [self.ds_config["gradient_clipping"]],
             [kind.lower(), *(settings.get(key) for key in ("lr", "betas", "eps", "weight_decay"))],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -127,7 +130,7 @@ def plan_rows(sweep: Sweep, skipped: Callable[[str, str], None]) -> list[Row]:
             skipped(lever.name, changed or "the recipe has it already")
     rows += [_written(text, base, sweep) for text in sweep.rows]
     for peer in sweep.peers:
-        if reason := why_not(peer, recipe, sweep.ranks):
+        if reason := why_not(peer, recipe, base.ds_config, sweep.ranks):
             skipped(peer, reason)
         else:
             rows.append(replace(base, name=peer, kind="peer"))

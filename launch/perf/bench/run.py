@@ -4,7 +4,6 @@ The rows alternate, so that a temporary slowdown of the machine affects all of t
 or runs out of memory is a line among the results, and the others go on.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,8 @@ from launch.perf.bench.result import (
 from launch.perf.bench.rows import Row
 from launch.perf.peers.run import measure_peer
 from launch.runtime.failures import OUT_OF_MEMORY
+from launch.runtime.fork_server import run_ranks
+from launch.runtime.process_group import threads_per_rank
 
 LONGEST_ERROR = 300  # characters
 
@@ -61,18 +62,16 @@ def bench(
     lines: dict[str, Line] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for turn in range(timing.rounds):
-            for number, row in _in_turn(rows, turn):
+            for row in rows if turn % 2 == 0 else reversed(rows):
                 if row.name in failed:
                     continue
                 say(f"round {turn + 1} of {timing.rounds}: {row.name} on {_ranks(row)}")
-                place = Path(folder) / f"{turn}-{number}"
-                place.mkdir()
                 trace = None if traces is None else str(traces / re.sub(r"[^\w.-]+", "_", row.name))
                 try:
-                    turns[row.name].append(_take_turn(row, place, trace))
-                except UserError as error:
-                    failed[row.name] = explain(str(error))
-                    say(f"{row.name}: {failed[row.name]}")
+                    turns[row.name].append(_take_turn(row, trace, Path(folder)))
+                except Exception as error:  # of any type: it is a rank's
+                    failed[row.name] = explain(error)
+                    say("\n".join([f"{row.name}: {error}", *getattr(error, "__notes__", [])]))
                 line = {**described(row), "error": failed.get(row.name)}
                 if row.name not in failed:
                     line |= measured(row, timing, turns[row.name])
@@ -85,26 +84,19 @@ def bench(
     return [lines[row.name] for row in rows]
 
 
-def _in_turn(rows: Sequence[Row], turn: int) -> list[tuple[int, Row]]:
-    numbered = list(enumerate(rows))
-    return numbered if turn % 2 == 0 else numbered[::-1]
-
-
 def _ranks(row: Row) -> str:
     return "1 rank" if row.processes == 1 else f"{row.processes} ranks"
 
 
-def _take_turn(row: Row, place: Path, trace: str | None) -> list[Line]:
-    from launch.runtime.local_launcher import run_local_ranks
-
-    values = row.recipe.model_dump()
+def _take_turn(row: Row, trace: str | None, scratch: Path) -> list[Line]:
+    values, ranks = row.recipe.model_dump(), row.processes
+    threads = str(threads_per_rank(ranks))
+    env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if row.kind == "recipe":
-        run_local_ranks(measure_recipe, row.ranks, values, place, trace)
-    elif row.kind == "peer":
-        run_local_ranks(measure_peer, row.ranks, values, place, trace, row.name)
-    else:
-        run_local_ranks(measure_plain, 1, values, place, trace, row.ranks)
-    return [json.loads(file.read_text()) for file in sorted(place.glob("*.json"))]
+        return run_ranks(measure_recipe, ranks, values, trace, scratch, env=env, show=None)
+    if row.kind == "peer":
+        return run_ranks(measure_peer, ranks, values, trace, row.name, env=env, show=None)
+    return run_ranks(measure_plain, ranks, values, trace, row.ranks, env=env, show=None)
 
 
 def _compare(row: Row, plain: Line | None, turns: Sequence[Sequence[Line]]) -> Line:
@@ -118,11 +110,13 @@ def _compare(row: Row, plain: Line | None, turns: Sequence[Sequence[Line]]) -> L
     return compared(max(found, key=lambda equality: equality.share), None)
 
 
-def explain(error: str) -> str:
+def explain(error: Exception) -> str:
     """Why a row failed, in one line."""
-    if any(words in error for words in OUT_OF_MEMORY):
+    text = str(error)
+    if any(words in text for words in OUT_OF_MEMORY):
         return "out of memory"
-    return error[:LONGEST_ERROR]
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(text.split())}"[:LONGEST_ERROR]
 
 
 def is_wrong(line: Line) -> bool:

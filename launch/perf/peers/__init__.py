@@ -6,4 +6,4 @@ Imports what `launch/perf` may.
 """
 
 # In the order of the table: the names of `--peers`, which are the modules of this package.
-PEERS = ("torch_compiled", "fsdp2", "raw_deepspeed", "dtensor")
+PEERS = ("torch_compiled", "fsdp2", "raw_deepspeed", "hf_trainer", "dtensor", "megatron_core")

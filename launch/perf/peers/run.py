@@ -1,6 +1,7 @@
 """Which peers can train a recipe, and one of them on a rank."""
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 from launch.config.load import recipe_from_dict
 from launch.config.schema import GPTModel, Recipe
+from launch.ds_json.view import is_enabled
 from launch.errors import UserError
+from launch.paths import ROOT
 from launch.perf.peers import PEERS
 
 
@@ -23,11 +26,15 @@ def check_names(names: Sequence[str]) -> None:
             raise UserError(f"--peers: '{name}' is not known; choose from: {', '.join(PEERS)}")
 
 
-def why_not(name: str, recipe: Recipe, ranks: int) -> str | None:
-    """Why a peer cannot train a recipe on `ranks` ranks, or None if it can."""
+def why_not(name: str, recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> str | None:
+    """Why a peer cannot train a recipe, with its resolved JSON, on `ranks` ranks; None if it can."""
     if reason := _of_another_model(recipe):
         return f"the peers train a GPT-2, and {reason}"
+    if is_enabled(ds_config, "fp16") or is_enabled(ds_config, "torch_autocast"):
+        return "the peers train in bf16 or fp32"
     parallel = recipe.parallel
+    if name == "megatron_core":
+        return _of_megatron(recipe, ranks)
     if parallel.pipeline > 1:
         return "it has no pipeline, and parallel.pipeline is above 1"
     if name == "dtensor":
@@ -39,7 +46,34 @@ def why_not(name: str, recipe: Recipe, ranks: int) -> str | None:
             return "the vocabulary does not divide over the ranks"
     elif parallel.tensor > 1:
         return "its ranks have whole layers, and parallel.tensor is above 1"
+    if name == "hf_trainer":
+        return _of_hf_trainer(recipe)
     return None
+
+
+def _of_hf_trainer(recipe: Recipe) -> str | None:
+    config = Path(recipe.deepspeed["config"])
+    if not (ROOT / "ds_configs" / "hf" / config.name).is_file():
+        return f"{config} has no twin in ds_configs/hf"
+    if recipe.model.family == "gpt" and not recipe.model.shape.bias:
+        return "transformers' GPT-2 has biases, and model.bias is false"
+    return None
+
+
+def _of_megatron(recipe: Recipe, ranks: int) -> str | None:
+    if importlib.util.find_spec("megatron") is None:
+        return "it is not installed: pip install megatron-core"
+    model, stages = recipe.model, recipe.parallel.pipeline
+    if isinstance(model, GPTModel):
+        if model.shape.vocab % recipe.parallel.tensor:
+            return "the vocabulary does not divide over the tensor ranks"
+        if stages > 2 and model.shape.layers % stages:
+            return f"{stages} stages do not divide the {model.shape.layers} layers"
+        if not model.shape.bias:
+            return "its LayerNorm and layers have biases, and model.bias is false"
+    import torch
+
+    return None if torch.cuda.is_available() else "it needs GPUs"
 
 
 def _of_another_model(recipe: Recipe) -> str | None:
@@ -61,7 +95,7 @@ def _of_another_model(recipe: Recipe) -> str | None:
     return None
 
 
-def measure_peer(values: dict[str, Any], folder: Path, trace: str | None, name: str) -> None:
+def measure_peer(values: dict[str, Any], trace: str | None, name: str) -> dict[str, Any]:
     """Time a peer; every rank calls it, with the arguments of `launch.perf.bench.measure.measure_plain`.
 
     Raises:
@@ -74,18 +108,24 @@ def measure_peer(values: dict[str, Any], folder: Path, trace: str | None, name: 
     import torch
     import torch.distributed as dist
 
-    from launch.perf.bench.measure import trace_file, write_measured
+    from launch.ops.builder import build_ops, ops_needed
+    from launch.perf.bench.measure import measured_by, trace_file, use_threads
     from launch.perf.bench.watch import Watch
     from launch.perf.peers.job import Job
     from launch.runtime.process_group import init_process_group
     from launch.training.setup import plan_run
 
-    plan = plan_run(recipe_from_dict(values), int(os.environ["WORLD_SIZE"]))
+    use_threads()
+    recipe = recipe_from_dict(values)
+    if name == "megatron_core" and recipe.parallel.tensor > 1:
+        # As Megatron asks for, so that a collective starts before the layer that it is to overlap with.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    plan = plan_run(recipe, int(os.environ["WORLD_SIZE"]))
+    build_ops(ops_needed(plan.ds_config), print)
     ranks = init_process_group()
     watch = Watch(ranks.device, plan.recipe.train.steps, trace_file(trace, ranks.rank))
     job = Job(plan, ranks, watch)
     importlib.import_module(f"launch.perf.peers.{name}").train(job)
     losses = torch.stack(job.losses)
     dist.all_reduce(losses)
-    means = (losses / ranks.world_size).tolist()
-    write_measured(folder, ranks.rank, watch, means, [ranks.device])
+    return measured_by(watch, (losses / ranks.world_size).tolist(), [ranks.device])
