@@ -16,6 +16,7 @@ CASES = [
     Case("zero3", 4, "fp16", "llama", overrides=(*fp16(3), TENSOR, "parallel.sequence=true")),
     # A tied weight on both stages, whose gradients DeepSpeed leaves apart: launch/training/engine.py.
     Case("zero1", 2, "fp16", "gpt2", overrides=(*fp16(1), PIPELINE)),
+    Case("zero1", 2, "fp16", "gpt2", overrides=(*fp16(1), PIPELINE, "parallel.schedule=zb-h1")),
     Case("zero1", 4, "fp16", "llama", overrides=(*fp16(1), TENSOR, PIPELINE)),
 ]
 
