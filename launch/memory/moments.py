@@ -182,7 +182,11 @@ class Step:
         if self.head and kept.sent:
             # The gradient of the logits is there, and the stage's own input gets one too.
             found["the output projection's backward pass"] = self._parts(
-                before + own, micro + kept.received, logits - kept.logits - done + kept.sent, waiting, 0
+                before + own,
+                micro + kept.received,
+                logits - kept.logits - done + kept.sent,
+                waiting,
+                0,
             )
         if self.kind == "bf16":
             # A pipeline's other micro batches are there while the last gradient is added.

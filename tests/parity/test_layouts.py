@@ -46,6 +46,8 @@ def _recipe_cases() -> list[Case]:
 
 # Gradients are added to their fp32 sums after the backward pass, not as they come.
 DEFERRED = "deepspeed.bf16.immediate_grad_update=false"
+# The output projection weighs more than a block: stages of 3 blocks and 1.
+BY_FLOPS = ("parallel.partition=flops", "model.layers=4", "model.vocab=640")
 LOW_SUMS = "deepspeed.data_types.grad_accum_dtype=null"  # gradients added up in bf16
 WHOLE_MESSAGES = (
     "deepspeed.pipeline.pipe_partitioned=false", "deepspeed.pipeline.grad_partitioned=false",
@@ -72,8 +74,7 @@ SPECIAL = [
         )
     ),
     *(Case("zero2", 4, "bf16", family, overrides=(TP2, LOW_SUMS)) for family in FAMILIES),
-    # The output projection weighs more than a block: stages of 3 blocks and 1.
-    Case("zero1", 2, "bf16", overrides=(PP2, "parallel.partition=flops", "model.layers=4", "model.vocab=640", DEFERRED)),
+    Case("zero1", 2, "bf16", overrides=(PP2, *BY_FLOPS, DEFERRED)),
     Case("zero1", 4, "bf16", "llama", overrides=(TP2, PP2, DEFERRED)),
     *(
         Case("zero1", 4, precision, family, overrides=(TP2, PP2, *WHOLE_MESSAGES))

@@ -100,7 +100,7 @@ def test_every_package_of_launch_has_a_floor_and_says_what_it_holds() -> None:
 
 
 def test_the_floors_see_an_import_of_either_form() -> None:
-    assert packages_imported("import launch.perf.benchmark", "data") == {"perf"}
+    assert packages_imported("import launch.perf.levers", "data") == {"perf"}
     assert packages_imported("def f():\n    from launch import train\n", "data") == {"train"}
     assert packages_imported("from launch.data.batches import Batches\n", "data") == set()
 
