@@ -26,6 +26,7 @@ DOCUMENTS = (
     "DEEPSPEED_VERSIONS.md",
     "recipes/README.md",
     "recipes/BENCHMARKS.md",
+    "recipes/SPEED.md",
     "ds_configs/README.md",
     "models/README.md",
     "launch/README.md",

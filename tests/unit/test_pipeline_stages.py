@@ -80,7 +80,7 @@ def test_bounds_are_plain_integers(partition: str) -> None:
 
 
 def test_by_flops_the_output_projection_counts_and_the_embedding_does_not() -> None:
-    """On two H100s, 13 blocks and 11 beside the projection were fastest (recipes/BENCHMARKS.md)."""
+    """On two H100s, 13 blocks and 11 beside the projection take equally long (recipes/SPEED.md)."""
     bounds = stage_bounds(SIZES["1b3"], 2, "flops")
     assert per_stage(SIZES["1b3"], bounds, "block") == [13, 11]
     assert per_stage(SIZES["1b3"], stage_bounds(SIZES["1b3"], 2, "parameters"), "block") == [12, 12]
