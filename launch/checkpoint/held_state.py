@@ -1,7 +1,8 @@
 """What a rank holds of the training state, under every class that DeepSpeed keeps it in.
 
 Each parameter has an fp32 weight and the optimizer's state, of the same shape (Adam: exp_avg and
-exp_avg_sq). A rank holds a run of each: all elements at stage 0, its partition of them under ZeRO.
+exp_avg_sq); with `bf16_optimizer_states` all are in bf16.
+A rank holds a run of each: all elements at stage 0, its partition of them under ZeRO.
 16-bit weights are no state: they are the fp32 weights, rounded.
 """
 

@@ -143,6 +143,11 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
             "fp16.enabled: at ZeRO stage 0 DeepSpeed divides gradients by the loss scale, and never "
             "multiplies the loss by it; use deepspeed.config=ds_configs/zero1_fp16.json"
         )
+    if block(config, "fp16").get("fp16_master_weights_and_grads"):
+        raise UserError(
+            "fp16.fp16_master_weights_and_grads: nothing checks master weights in fp16; take the key out, "
+            "or use bf16, which deepspeed.config=ds_configs/zero2_bf16_states.json has"
+        )
     if optimizer_block(config)[0].lower() == "muon" and is_enabled(config, "fp16"):
         raise UserError(
             "optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale of the step that made "

@@ -8,6 +8,7 @@ runs. What it does share has tests of its own: the batches, the learning rate's 
 of the JSON, and a GPT's layers and initial weights.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from launch.ds_json.view import (
     compute_dtype,
     is_enabled,
     optimizer_block,
+    switched_on,
     training_dtype,
 )
 from launch.parity.reference_model import is_pretrained_model
@@ -53,7 +55,8 @@ class Reference:
     gradients are summed and applied in fp32, and the model's weights are the rounded master
     weights. In fp16, the loss is multiplied by a fixed scale so that small gradients do not round
     to zero. With the JSON's torch_autocast, weights are fp32 and only the matrix products are in
-    bf16.
+    bf16. Where the JSON keeps master weights or moments in bf16, they are rounded after each step, which
+    itself computes in fp32.
     """
 
     def __init__(self, model: nn.Module, ds_config: dict[str, Any], train: Train) -> None:
@@ -64,6 +67,9 @@ class Reference:
         self.mixed = training_dtype(ds_config) is not torch.float32
         half = training_dtype(ds_config) is torch.float16
         self.loss_scale = float(block(ds_config, "fp16")["loss_scale"]) if half else 1.0
+        low = block(ds_config, "bf16")
+        self.rounds_weights = switched_on(low.get("bf16_master_weights_and_grads"))
+        self.rounds_moments = switched_on(low.get("bf16_optimizer_states"))
         self.weights = list(model.parameters())
         self.autocast = torch.autocast(
             self.weights[0].device.type,
@@ -104,7 +110,13 @@ class Reference:
             if self.mixed:
                 self._move_gradients_to_masters()
         norm = self.clip_gradients()
+        if self.rounds_weights:
+            _round(master.grad for master in self.masters)
         self.optimizer.step()
+        if self.rounds_weights:
+            _round(self.masters)
+        if self.rounds_moments:
+            _round(value for state in self.optimizer.state.values() for value in state.values())
         if self.mixed:
             with torch.no_grad():
                 for weight, master in zip(self.weights, self.masters, strict=True):
@@ -129,6 +141,14 @@ class Reference:
         """Every parameter by its canonical name, in fp32; tied ones once."""
         names = canonical_names(self.model)
         return {n: m.detach().float() for n, m in zip(names, self.masters, strict=True)}
+
+
+def _round(tensors: Iterable[Tensor | None]) -> None:
+    """Round tensors to bf16 where they are; counts of steps (of no dimension) stay."""
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor is not None and tensor.dim():
+                tensor.copy_(tensor.bfloat16())
 
 
 def _loss(model: nn.Module, batch: MicroBatch) -> Tensor:

@@ -34,11 +34,13 @@ LLAMA = [*GPT, "model.norm=rmsnorm", "model.mlp=swiglu", "model.bias=false", "mo
 LLAMA += ["model.qk_norm=true", "model.ffn=50"]
 BF16, FP32 = "deepspeed.bf16.enabled=true", "deepspeed.bf16.enabled=false"
 BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=20000"
+LOW_STATES = ["deepspeed.bf16.bf16_master_weights_and_grads=true"]
+LOW_STATES += ["deepspeed.bf16.bf16_optimizer_states=true"]
 ZERO3 = [BUCKET, "deepspeed.zero_optimization.stage3_param_persistence_threshold=200"]
 
 
 def overrides_of(stage: str, layout: str, model: list[str]) -> list[str]:
-    found = [*model, f"deepspeed.config=ds_configs/zero{stage}.json"]
+    found = [*model, f"deepspeed.config=ds_configs/zero{stage.removesuffix('_states')}.json"]
     if stage == "0":
         found += ["deepspeed.torch_autocast.enabled=true"]
     elif stage == "0_fp32":
@@ -51,6 +53,8 @@ def overrides_of(stage: str, layout: str, model: list[str]) -> list[str]:
         found += [BUCKET]
     if stage.startswith("3"):
         found += ZERO3
+    if stage.endswith("_states"):
+        found += LOW_STATES
     for axis in ("tensor", "pipeline"):
         if f"{axis} 2" in layout:
             found.append(f"parallel.{axis}=2")
@@ -152,7 +156,10 @@ PIPELINES = {"pipeline 2": 2, "pipeline 2, data 2": 4, "pipeline 2, tensor 2": 4
 MODELS = {"gpt": GPT, "llama": LLAMA}
 CASES = [
     pytest.param(stage, layout, model)
-    for stages, layouts in ((("0", "0_fp32", "1", "2", "3"), LAYOUTS), (("0_fp32", "1"), PIPELINES))
+    for stages, layouts in (
+        (("0", "0_fp32", "1", "2", "3", "2_states", "3_states"), LAYOUTS),
+        (("0_fp32", "1"), PIPELINES),
+    )
     for stage in stages
     for layout in layouts
     for model in MODELS

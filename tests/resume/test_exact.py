@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stage 0, bf16": ("zero0.json", {}),
     "stage 2, bf16": ("zero2.json", {}),
     "stage 3, bf16": ("zero3.json", {}),
+    "stage 2, bf16 states": ("zero2_bf16_states.json", {}),
     # So large a scale that the first steps are skipped: its state is what a resumed run depends on.
     "stage 1, fp16": (
         "zero1_fp16.json",

@@ -34,6 +34,14 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero0", ("deepspeed.fp16.enabled=true", "deepspeed.data_types=null"),
         r"fp16.enabled: .* divides gradients by the loss scale.* use .*=ds_configs/zero1_fp16.json",
     ),
+    "master weights in fp16": (
+        "zero2_offload_cpu",
+        (
+            "deepspeed.bf16=null", "deepspeed.data_types=null", "deepspeed.fp16.enabled=true",
+            "deepspeed.fp16.fp16_master_weights_and_grads=true",
+        ),
+        r"fp16.fp16_master_weights_and_grads: nothing checks .* use bf16",
+    ),
     "Muon in fp16": (
         "zero1",
         (
