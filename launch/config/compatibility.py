@@ -2,7 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from launch.ds_json.view import block, is_enabled, optimizer_block, zero_block, zero_stage
+from launch.ds_json.view import (
+    accumulation_dtype,
+    block,
+    dtype_name,
+    is_enabled,
+    optimizer_block,
+    zero_block,
+    zero_stage,
+)
 from launch.errors import UserError
 from models.config import GPTConfig
 
@@ -148,17 +156,41 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
             "fp16.fp16_master_weights_and_grads: nothing checks master weights in fp16; take the key out, "
             "or use bf16, which deepspeed.config=ds_configs/zero2_bf16_states.json has"
         )
-    if optimizer_block(config)[0].lower() == "muon" and is_enabled(config, "fp16"):
-        raise UserError(
-            "optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale of the step that made "
-            "it, and is wrong when the scale moves (DEEPSPEED_VERSIONS.md); use bf16"
-        )
+    if optimizer_block(config)[0].lower() == "muon":
+        _check_muon(recipe, config, layout)
     if zero_stage(config) == 3 and recipe.train.compile:
         _check_compiled_zero3(recipe, zero)
     if layout.grid["tensor"] > 1:
         _check_tensor(config)
     if layout.grid["pipeline"] > 1:
         _check_pipeline(recipe, config, layout)
+
+
+def _check_muon(recipe: "Recipe", config: dict[str, Any], layout: "Layout") -> None:
+    if is_enabled(config, "fp16"):
+        raise UserError(
+            "optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale of the step that made "
+            "it, and is wrong when the scale moves (DEEPSPEED_VERSIONS.md); use bf16"
+        )
+    if layout.grid["tensor"] > 1 or layout.grid["pipeline"] > 1:
+        raise UserError(
+            "optimizer.type: Muon makes whole matrices orthogonal, and picks them by the names that they "
+            "have on one device; use parallel.tensor=1 and parallel.pipeline=1, or AdamW"
+        )
+    if recipe.model.family == "hf" or not recipe.model.shape.tied:
+        raise UserError(
+            "optimizer.type: DeepSpeed gives Muon every matrix whose name has neither embed nor lm_head, "
+            "an output projection with them; use family gpt with model.tied=true, or AdamW"
+        )
+    wide = dtype_name(accumulation_dtype(config)) == "fp32"
+    if zero_stage(config) == 0 and not is_enabled(config, "bf16"):
+        return
+    if zero_stage(config) == 1 and is_enabled(config, "bf16") and wide:
+        return
+    raise UserError(
+        "optimizer.type: here DeepSpeed clips what Muon makes of the gradients in their place, and shows "
+        "its norm; use deepspeed.config=ds_configs/zero1.json in bf16, or zero0.json"
+    )
 
 
 def _check_compiled_zero3(recipe: "Recipe", zero: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ from launch.memory.shapes import Shape, count
 
 Wrapper = Literal["torch", "unfused", "bf16", "zero12", "zero3"]
 
-# Numbers that the optimizer keeps for each weight.
-_MOMENTS = {"adam": 2, "adamw": 2, "lamb": 2, "adagrad": 1, "lion": 1, "muon": 1, "sgd": 1}
+# Numbers that the optimizer keeps for each weight; Muon has one for its own matrices (`_muons`).
+_MOMENTS = {"adam": 2, "adamw": 2, "lamb": 2, "adagrad": 1, "lion": 1, "muon": 2, "sgd": 1}
 _FP32 = 4
 # DeepSpeed's defaults, in elements.
 _BUCKET, _PERSISTENT, _SUB_GROUP = 500_000_000, 100_000, 1_000_000_000
@@ -105,31 +105,44 @@ def _master_size(ds_config: dict[str, Any]) -> int:
     return 2 if switched_on(low) else _FP32
 
 
-def _states_of_optimizer(ds_config: dict[str, Any], elements: int, tensors: int) -> int:
-    """Moments, and torch's AdamW's count of steps: a number for each tensor that it updates."""
+def _muons(shapes: Sequence[Shape], ds_config: dict[str, Any]) -> list[int]:
+    """Elements of each matrix that Muon takes: those of the blocks."""
+    if optimizer_block(ds_config)[0].lower() != "muon":
+        return []
+    outside = ("token", "position", "output")
+    return [shape.numel for shape in shapes if shape.matrix and shape.name not in outside]
+
+
+def _states_of_optimizer(
+    ds_config: dict[str, Any], elements: int, tensors: int, muons: int = 0
+) -> int:
+    """Moments, and torch's AdamW's count of steps: a number for each tensor that it updates.
+
+    `muons` of the elements are Muon's.
+    """
     kind, params = optimizer_block(ds_config)
     counts = tensors * 4 if params.get("torch_adam") else 0
     size = 2 if switched_on(block(ds_config, "bf16").get("bf16_optimizer_states")) else _FP32
-    return _MOMENTS.get(kind.lower(), 2) * size * elements + counts
+    return size * (_MOMENTS.get(kind.lower(), 2) * elements - muons) + counts
 
 
 def _whole(shapes: Sequence[Shape], ds_config: dict[str, Any]) -> State:
     """Stage 0: nothing is partitioned."""
     size, n = element_size(ds_config), count(shapes)
-    master = 0 if size == _FP32 else _FP32 * n
+    master, muons = 0 if size == _FP32 else _FP32 * n, _muons(shapes, ds_config)
     return State(
         weights=size * n,
-        optimizer=master + _states_of_optimizer(ds_config, n, len(shapes)),
+        optimizer=master + _states_of_optimizer(ds_config, n, len(shapes) - len(muons), sum(muons)),
         gradients=size * n,
         carried=size * n,
         update=0 if size == _FP32 else _FP32 * n,  # gradients in fp32
     )
 
 
-def _groups(shapes: Sequence[Shape]) -> list[int]:
-    """Elements of the optimizer's two groups: matrices and vectors."""
+def _groups(shapes: Sequence[Shape], muons: int = 0) -> list[int]:
+    """Elements of the optimizer's two groups: matrices, without Muon's, and vectors."""
     sums = [sum(s.numel for s in shapes if s.matrix is kind) for kind in (True, False)]
-    return [n for n in sums if n]
+    return [n for n in (sums[0] - muons, sums[1]) if n]
 
 
 def _bf16(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> State:
@@ -137,13 +150,15 @@ def _bf16(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> Stat
 
     With `immediate_grad_update`, each of the latter is let go when it has been added to the former.
     """
-    groups = [_padded(n, 2 * data) for n in _groups(shapes)]
-    n = sum(groups)
+    muon = _padded(sum(_muons(shapes, ds_config)), 2 * data)
+    groups = [_padded(n, 2 * data) for n in _groups(shapes, sum(_muons(shapes, ds_config)))]
+    n = sum(groups) + muon
     immediate = switched_on(block(ds_config, "bf16").get("immediate_grad_update"))
     low = 0 if immediate else 2 * count(shapes)
     return State(
         weights=2 * n,
-        optimizer=_FP32 * n // data + _states_of_optimizer(ds_config, n // data, len(groups)),
+        optimizer=_FP32 * n // data
+        + _states_of_optimizer(ds_config, n // data, len(groups), muon // data),
         gradients=_FP32 * n + low,
         always=_FP32 * n,
         carried=_FP32 * n + low,

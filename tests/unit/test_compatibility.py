@@ -21,6 +21,7 @@ def read(stem: str, *overrides: str, ranks: int = 4) -> dict[str, object]:
     return resolve(recipe, plan_layout(recipe, ranks))
 
 
+MUON = "deepspeed.optimizer={type: Muon, params: {lr: 0.02, fused: null}}"
 REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "pipeline with ZeRO-2": (
         "zero2", (PIPELINE,), r"parallel.pipeline: .* stage 2: .* use deepspeed.config=ds_configs/zero1",
@@ -50,6 +51,20 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ),
         r"optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale .* use bf16",
     ),
+    "Muon on tensor ranks": (
+        "zero1", (MUON, "deepspeed.bf16.enabled=true", TENSOR), r"optimizer.type: Muon makes whole",
+    ),
+    "Muon with an untied head": (
+        "zero0", (MUON, "model.tied=false"), r"optimizer.type: .* use family gpt with model.tied=true",
+    ),
+    "Muon of transformers": ("hf_qwen3_0b6_zero2", (MUON,), r"optimizer.type: DeepSpeed gives Muon"),
+    **{
+        f"Muon with {stem}": (
+            stem, (MUON, "deepspeed.zero_optimization.reduce_scatter=false"),
+            r"optimizer.type: here DeepSpeed clips .*=ds_configs/zero1.json in bf16, or zero0.json",
+        )
+        for stem in ("zero1", "zero2", "zero3")
+    },
     "a tied last stage without a block": (
         "zero1", (PIPELINE, TENSOR, "parallel.partition=type:token|norm", "deepspeed.bf16.enabled=true"),
         r"parallel.partition: the last stage has no block, .* model.tied=false, or fewer stages",
@@ -160,6 +175,7 @@ def test_what_composes_is_accepted() -> None:
         ("zero0", (PIPELINE,)), ("zero1", (PIPELINE, TENSOR)), ("zero3", (TENSOR, SEQUENCE)),
         ("zero2_offload_cpu", (TENSOR,)), ("zero1", ("parallel.tensor=4", "model.kv_heads=2")),
         ("zero3", (TENSOR, "train.compile=true", "model.dropout=0.0")),
+        ("zero0", (MUON,)), ("zero1", (MUON, "deepspeed.bf16.enabled=true")),
     ):  # fmt: skip
         read(stem, *overrides)
 
