@@ -59,7 +59,7 @@ class Muon(Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step, with Nesterov's momentum and decoupled weight decay."""
         for group in self.param_groups:
             beta = group["momentum"]
@@ -79,7 +79,7 @@ class Muon(Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     """A matrix `[rows, columns]` with its singular values moved to between about 0.7 and 1.2."""
     a, b, c = _COEFFICIENTS
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide: Tensor = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(_ITERATIONS):
         gram = wide @ wide.T

@@ -141,6 +141,16 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero1", ("parallel.tensor=4", "model.heads=12", "model.hidden=384", "model.kv_heads=3"),
         r"parallel.tensor: 4 ranks do not divide the model's 12 heads, 3 key/value heads .* use 3 or 6",
     ),
+    **{
+        key: ("zero3", (f"deepspeed.{key}={value}",), rf"{key}.*: .* nothing checks it; take the key out")
+        for key, value in {
+            "zero_optimization.zero_quantized_weights": "true",
+            "zero_optimization.zero_quantized_gradients": "true",
+            "zero_optimization.zenflow": "{topk_ratio: 0.1}",
+            "zero_optimization.offload_optimizer": "{device: cpu, super_offload: true}",
+            "compile.deepcompile": "true",
+        }.items()
+    },
     "sequence length": (
         "zero1", (TENSOR, SEQUENCE, "data.sequence_length=255"), r"parallel.sequence: .* use 254",
     ),
