@@ -203,15 +203,12 @@ def _check_muon(recipe: "Recipe", config: dict[str, Any], layout: "Layout") -> N
             "optimizer.type: DeepSpeed gives Muon every matrix whose name has neither embed nor lm_head, "
             "an output projection with them; use family gpt with model.tied=true, or AdamW"
         )
-    wide = dtype_name(accumulation_dtype(config)) == "fp32"
-    if zero_stage(config) == 0 and not is_enabled(config, "bf16"):
-        return
-    if zero_stage(config) == 1 and is_enabled(config, "bf16") and wide:
-        return
-    raise UserError(
-        "optimizer.type: here DeepSpeed clips what Muon makes of the gradients in their place, and shows "
-        "its norm; use deepspeed.config=ds_configs/zero1.json in bf16, or zero0.json"
-    )
+    low, wide = is_enabled(config, "bf16"), dtype_name(accumulation_dtype(config)) == "fp32"
+    if (zero_stage(config), low, wide) not in ((0, False, wide), (1, True, True)):
+        raise UserError(
+            "optimizer.type: here DeepSpeed clips what Muon makes of the gradients in their place, and "
+            "shows its norm; use deepspeed.config=ds_configs/zero1.json in bf16, or zero0.json"
+        )
 
 
 def _check_compiled_zero3(recipe: "Recipe", zero: dict[str, Any]) -> None:
