@@ -1,8 +1,8 @@
 """What a rank holds of the training state, under every class that DeepSpeed keeps it in.
 
 Each parameter has an fp32 weight and the optimizer's state, of the same shape (Adam: exp_avg and
-exp_avg_sq). A rank holds a run of each: all elements at stage 0, its partition of them under ZeRO.
-16-bit weights are no state: they are the fp32 weights, rounded.
+exp_avg_sq); with `bf16_optimizer_states` all are in bf16. A rank holds a run of each: all elements at
+stage 0, its partition of them under ZeRO. 16-bit weights are no state: they are the fp32 weights, rounded.
 """
 
 from collections.abc import Iterator, Mapping
@@ -208,9 +208,11 @@ def _tensors(
     """A master weight and its state, by kind."""
     state = optimizer.state[master]
     if wanted:
-        for kind in wanted.kinds - {WEIGHT} - state.keys():
+        muon = _is_muons(optimizer, master)
+        kinds = {k for k in wanted.kinds if muon is None or (k == "momentum_buffer") is muon}
+        for kind in kinds - {WEIGHT} - state.keys():
             state[kind] = torch.zeros_like(master.data)
-        if wanted.step is not None:
+        if wanted.step is not None and not muon:
             state["step"] = _count(optimizer, master, wanted.step)
     found = {WEIGHT: master.data}
     for kind, value in state.items():
@@ -225,8 +227,17 @@ def _tensors(
     return dict(sorted(found.items()))
 
 
+def _is_muons(optimizer: torch.optim.Optimizer, master: Tensor) -> bool | None:
+    """Whether a weight is Muon's or that of the Adam beside it; None for other optimizers."""
+    for group in optimizer.param_groups:
+        if "use_muon" in group and any(each is master for each in group["params"]):
+            return bool(group["use_muon"])
+    return None
+
+
 def _count(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> int | Tensor:
     """A count of steps as the optimizer keeps it: torch's as a tensor, DeepSpeed's as a number."""
+    optimizer = getattr(optimizer, "aux_optimizer", None) or optimizer  # the Adam beside Muon
     if not type(optimizer).__module__.startswith("torch.optim"):
         return step
     on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)

@@ -23,7 +23,8 @@ MAY_CHANGE = {
     "deepspeed.train_micro_batch_size_per_gpu",
     "deepspeed.gradient_accumulation_steps",
 }
-# How it is trained: on which ranks, and in which precision. The state is the same fp32 numbers under all.
+# How it is trained: on which ranks, and in which precision. The state is the same numbers under all, in
+# fp32 or, where the JSON keeps it so, in bf16.
 HOW = {
     "parallel",
     "train.micro_batch_size",

@@ -2,7 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from launch.ds_json.view import block, is_enabled, optimizer_block, zero_block, zero_stage
+from launch.ds_json.view import (
+    accumulation_dtype,
+    block,
+    dtype_name,
+    is_enabled,
+    optimizer_block,
+    zero_block,
+    zero_stage,
+)
 from launch.errors import UserError
 from models.config import GPTConfig
 
@@ -143,17 +151,64 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
             "fp16.enabled: at ZeRO stage 0 DeepSpeed divides gradients by the loss scale, and never "
             "multiplies the loss by it; use deepspeed.config=ds_configs/zero1_fp16.json"
         )
-    if optimizer_block(config)[0].lower() == "muon" and is_enabled(config, "fp16"):
+    if block(config, "fp16").get("fp16_master_weights_and_grads"):
         raise UserError(
-            "optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale of the step that made "
-            "it, and is wrong when the scale moves (DEEPSPEED_VERSIONS.md); use bf16"
+            "fp16.fp16_master_weights_and_grads: nothing checks master weights in fp16; take the key out, "
+            "or use bf16, which deepspeed.config=ds_configs/zero2_bf16_states.json has"
         )
+    if optimizer_block(config)[0].lower() == "muon":
+        _check_muon(recipe, config, layout)
     if zero_stage(config) == 3 and recipe.train.compile:
         _check_compiled_zero3(recipe, zero)
     if layout.grid["tensor"] > 1:
         _check_tensor(config)
     if layout.grid["pipeline"] > 1:
         _check_pipeline(recipe, config, layout)
+    _check_unchecked(config)
+
+
+# What computes something else than one device, or runs on GPUs alone, and has no check here.
+_UNCHECKED = {
+    "zero_optimization.zero_quantized_weights": "it gathers weights in 8 bits, on GPUs alone, and",
+    "zero_optimization.zero_quantized_gradients": "it sums gradients in 4 bits, on GPUs alone, and",
+    "zero_optimization.zenflow": "it has its own accumulation, keeps moments that no checkpoint holds, and",
+    "zero_optimization.offload_optimizer.super_offload": "it steps ahead, on GPUs alone, and",
+    "compile.deepcompile": "its passes run on GPUs alone, and",
+}
+
+
+def _check_unchecked(config: dict[str, Any]) -> None:
+    for key, why in _UNCHECKED.items():
+        *path, name = key.split(".")
+        found = config
+        for part in path:
+            found = block(found, part)
+        if found.get(name):
+            raise UserError(f"{key}: {why} nothing checks it; take the key out")
+
+
+def _check_muon(recipe: "Recipe", config: dict[str, Any], layout: "Layout") -> None:
+    if is_enabled(config, "fp16"):
+        raise UserError(
+            "optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale of the step that made "
+            "it, and is wrong when the scale moves (DEEPSPEED_VERSIONS.md); use bf16"
+        )
+    if layout.grid["tensor"] > 1 or layout.grid["pipeline"] > 1:
+        raise UserError(
+            "optimizer.type: Muon makes whole matrices orthogonal, and picks them by the names that they "
+            "have on one device; use parallel.tensor=1 and parallel.pipeline=1, or AdamW"
+        )
+    if recipe.model.family == "hf" or not recipe.model.shape.tied:
+        raise UserError(
+            "optimizer.type: DeepSpeed gives Muon every matrix whose name has neither embed nor lm_head, "
+            "an output projection with them; use family gpt with model.tied=true, or AdamW"
+        )
+    low, wide = is_enabled(config, "bf16"), dtype_name(accumulation_dtype(config)) == "fp32"
+    if (zero_stage(config), low, wide) not in ((0, False, wide), (1, True, True)):
+        raise UserError(
+            "optimizer.type: here DeepSpeed clips what Muon makes of the gradients in their place, and "
+            "shows its norm; use deepspeed.config=ds_configs/zero1.json in bf16, or zero0.json"
+        )
 
 
 def _check_compiled_zero3(recipe: "Recipe", zero: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def skip_shared_memory_op() -> None:
 
 
 def import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon without compiling its kernels. Call it where the optimizer is another.
+    """Import DeepSpeed's Muon without compiling its kernels: for runs without Muon, or without compiler.
 
     Defect: to see whether an optimizer is Muon, every engine with ZeRO or in bf16 imports Muon. That calls
         torch.compile, which imports torch's compiler: a second of CPU time on each rank.

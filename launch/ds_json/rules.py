@@ -68,10 +68,30 @@ def _master_weights(facts: Facts) -> Iterator[Finding]:
     for name in ("bf16", "fp16"):
         given = block(facts.config, name)
         key, states = f"{name}_master_weights_and_grads", f"{name}_optimizer_states"
-        if switched_on(given.get(key)) and facts.stage == 0:
-            yield error(f"{name}.{key}", "forbidden", "works with ZeRO stage 1, 2 or 3 only")
-        if switched_on(given.get(states)) and not switched_on(given.get(key)):
+        low, low_states = switched_on(given.get(key)), switched_on(given.get(states))
+        if low_states and not low:
             yield error(f"{name}.{states}", "forbidden", f"needs {name}.{key}: true as well")
+        if not low:
+            continue
+        where = f"{name}.{key}"
+        if facts.stage == 0:
+            yield error(where, "forbidden", "works with ZeRO stage 1, 2 or 3 only")
+        elif facts.precision not in (name, "auto"):
+            message = f"needs {name}.enabled: true; without it, weights are rounded to {name} all the same"
+            yield error(where, "unchecked-value", message)
+        elif facts.bf16_optimizer:
+            message = (
+                "stage 1 in bf16 with fp32 accumulation is another optimizer class (BF16_Optimizer), which "
+                "keeps fp32 states; use stage 2 or 3, or data_types.grad_accum_dtype: bf16"
+            )
+            yield error(where, "no-effect", message)
+        elif not low_states and not facts.offloaded:
+            message = "with fp32 optimizer states it needs offload_optimizer"
+            also = f"; or set bf16.{states}: true" if name == "bf16" else ""
+            yield error(where, "forbidden", message + also)
+        elif facts.offloaded and facts.params.get("torch_adam"):
+            message = "with offload_optimizer it needs DeepSpeed's CPUAdam; leave torch_adam out"
+            yield error(where, "forbidden", message)
 
 
 def _clipping(facts: Facts) -> Iterator[Finding]:

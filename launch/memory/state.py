@@ -25,8 +25,8 @@ from launch.memory.shapes import Shape, count
 
 Wrapper = Literal["torch", "unfused", "bf16", "zero12", "zero3"]
 
-# Numbers that the optimizer keeps for each weight.
-_MOMENTS = {"adam": 2, "adamw": 2, "lamb": 2, "adagrad": 1, "lion": 1, "muon": 1, "sgd": 1}
+# Numbers that the optimizer keeps for each weight; Muon has one for its own matrices (`_muons`).
+_MOMENTS = {"adam": 2, "adamw": 2, "lamb": 2, "adagrad": 1, "lion": 1, "muon": 2, "sgd": 1}
 _FP32 = 4
 # DeepSpeed's defaults, in elements.
 _BUCKET, _PERSISTENT, _SUB_GROUP = 500_000_000, 100_000, 1_000_000_000
@@ -99,30 +99,50 @@ def state(
     return found
 
 
-def _states_of_optimizer(ds_config: dict[str, Any], elements: int, tensors: int) -> int:
-    """Moments in fp32, and torch's AdamW's count of steps: a number for each tensor that it updates."""
+def _master_size(ds_config: dict[str, Any]) -> int:
+    """Bytes of a weight that the optimizer updates, which is DeepSpeed's own copy of it in 16 bits."""
+    low = block(ds_config, "bf16").get("bf16_master_weights_and_grads")
+    return 2 if switched_on(low) else _FP32
+
+
+def _muons(shapes: Sequence[Shape], ds_config: dict[str, Any]) -> list[int]:
+    """Elements of each matrix that Muon takes: those of the blocks."""
+    if optimizer_block(ds_config)[0].lower() != "muon":
+        return []
+    outside = ("token", "position", "output")
+    return [shape.numel for shape in shapes if shape.matrix and shape.name not in outside]
+
+
+def _states_of_optimizer(
+    ds_config: dict[str, Any], elements: int, tensors: int, muons: int = 0
+) -> int:
+    """Moments, and torch's AdamW's count of steps: a number for each tensor that it updates.
+
+    `muons` of the elements are Muon's.
+    """
     kind, params = optimizer_block(ds_config)
     counts = tensors * 4 if params.get("torch_adam") else 0
-    return _MOMENTS.get(kind.lower(), 2) * _FP32 * elements + counts
+    size = 2 if switched_on(block(ds_config, "bf16").get("bf16_optimizer_states")) else _FP32
+    return size * (_MOMENTS.get(kind.lower(), 2) * elements - muons) + counts
 
 
 def _whole(shapes: Sequence[Shape], ds_config: dict[str, Any]) -> State:
     """Stage 0: nothing is partitioned."""
     size, n = element_size(ds_config), count(shapes)
-    master = 0 if size == _FP32 else _FP32 * n
+    master, muons = 0 if size == _FP32 else _FP32 * n, _muons(shapes, ds_config)
     return State(
         weights=size * n,
-        optimizer=master + _states_of_optimizer(ds_config, n, len(shapes)),
+        optimizer=master + _states_of_optimizer(ds_config, n, len(shapes) - len(muons), sum(muons)),
         gradients=size * n,
         carried=size * n,
         update=0 if size == _FP32 else _FP32 * n,  # gradients in fp32
     )
 
 
-def _groups(shapes: Sequence[Shape]) -> list[int]:
-    """Elements of the optimizer's two groups: matrices and vectors."""
+def _groups(shapes: Sequence[Shape], muons: int = 0) -> list[int]:
+    """Elements of the optimizer's two groups: matrices, without Muon's, and vectors."""
     sums = [sum(s.numel for s in shapes if s.matrix is kind) for kind in (True, False)]
-    return [n for n in sums if n]
+    return [n for n in (sums[0] - muons, sums[1]) if n]
 
 
 def _bf16(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> State:
@@ -130,13 +150,15 @@ def _bf16(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> Stat
 
     With `immediate_grad_update`, each of the latter is let go when it has been added to the former.
     """
-    groups = [_padded(n, 2 * data) for n in _groups(shapes)]
-    n = sum(groups)
+    muon = _padded(sum(_muons(shapes, ds_config)), 2 * data)
+    groups = [_padded(n, 2 * data) for n in _groups(shapes, sum(_muons(shapes, ds_config)))]
+    n = sum(groups) + muon
     immediate = switched_on(block(ds_config, "bf16").get("immediate_grad_update"))
     low = 0 if immediate else 2 * count(shapes)
     return State(
         weights=2 * n,
-        optimizer=_FP32 * n // data + _states_of_optimizer(ds_config, n // data, len(groups)),
+        optimizer=_FP32 * n // data
+        + _states_of_optimizer(ds_config, n // data, len(groups), muon // data),
         gradients=_FP32 * n + low,
         always=_FP32 * n,
         carried=_FP32 * n + low,
@@ -151,12 +173,14 @@ def _zero12(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> St
     largest = max(shape.numel for shape in shapes)
     wide = dtype_name(accumulation_dtype(ds_config)) == "fp32"
     second = zero_stage(ds_config) == 2
-    accumulator = (_FP32 if wide else size) * part
+    accumulator, master = (_FP32 if wide else size) * part, _master_size(ds_config)
     found = State(
         weights=size * n,
-        optimizer=_FP32 * part + _states_of_optimizer(ds_config, part, len(groups)),
+        optimizer=master * part + _states_of_optimizer(ds_config, part, len(groups)),
         gradients=accumulator,
         carried=accumulator,
+        # A group's gradients, rounded to what the optimizer updates.
+        update=0 if master == _FP32 else master * max(groups) // data,
     )
     bucket = int(zero.get("reduce_bucket_size", _BUCKET))
     copies = 2 if zero.get("overlap_comm", False) else 1
@@ -169,9 +193,9 @@ def _zero12(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> St
         found.waiting = found.backward  # no micro batch but the last is reduced, and empties them
     if offload_device(ds_config, "offload_optimizer") != "none":
         found.host = {
-            "optimizer": found.optimizer, "gradients": _FP32 * part, "buckets": size * (part + largest)
+            "optimizer": found.optimizer, "gradients": master * part, "buckets": size * (part + largest)
         }  # fmt: skip
-        found.optimizer, found.buckets = 0, size * largest
+        found.optimizer, found.update, found.buckets = 0, 0, size * largest
     return found
 
 
@@ -184,19 +208,21 @@ def _zero3(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> Sta
     small = 0 if data == 1 else size * sum(_padded(numel, data) for numel in kept)
     limit = int(zero.get("sub_group_size", _SUB_GROUP))
     groups = sum(max(1, -(-n // limit)) for n in parts.values() if n)
-    copy = 0 if size == _FP32 else _FP32 * part
+    master, wide = _master_size(ds_config), dtype_name(accumulation_dtype(ds_config)) == "fp32"
+    copy, summed = 0 if size == _FP32 else master * part, _FP32 if wide else size
     found = State(
         weights=size * part + small,
         optimizer=copy + _states_of_optimizer(ds_config, part, groups),
-        gradients=_FP32 * part,
-        always=_FP32 * part,
-        carried=_FP32 * part,
+        gradients=summed * part,
+        always=summed * part,
+        carried=summed * part,
         buckets=size * int(zero.get("reduce_bucket_size", _BUCKET)),
-        update=_FP32 * min(limit, max(parts.values())),  # a sub-group's gradients, flattened
+        # A sub-group's gradients, flattened, and in the dtype of what the optimizer updates.
+        update=(summed + master * (summed != master)) * min(limit, max(parts.values())),
     )
     if offload_device(ds_config, "offload_optimizer") != "none":
-        # The accumulator, and the gradient of the fp32 weights.
-        found.host = {"optimizer": found.optimizer, "gradients": 2 * _FP32 * part}
+        # The accumulator, and the gradient of what the optimizer updates.
+        found.host = {"optimizer": found.optimizer, "gradients": (summed + master) * part}
         found.optimizer = found.gradients = found.always = found.carried = found.update = 0
     if offload_device(ds_config, "offload_param") != "none":
         found.host["weights"] = size * part

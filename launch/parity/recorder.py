@@ -233,7 +233,7 @@ class RecordedReference(Reference):
         result = super().train_step(batch)
         put_results(self.recorder, result)
         for name, master in self._named_masters():
-            state = self.optimizer.state[master]
+            state = self.state_of(master)
             if "exp_avg" in state:
                 self.recorder.put("first moments", name, state["exp_avg"])
         self._put_weights("weights")

@@ -1,6 +1,6 @@
 """Plain PyTorch on one device, without DeepSpeed: the reference that every layout must match.
 
-The code is simple enough to verify by reading: AdamW with decoupled decay (arXiv:1711.05101), the
+The code is simple enough to verify by reading: the optimizers of `reference_optimizers.py`, the
 mean loss over the labels of the global batch, and clipping by the global norm. It shares no code
 with the layouts that can be wrong on both sides at once: the loss is torch's or transformers' own,
 the groups with and without weight decay are made here, and `reference_model.py` says which model
@@ -8,6 +8,7 @@ runs. What it does share has tests of its own: the batches, the learning rate's 
 of the JSON, and a GPT's layers and initial weights.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,28 +23,16 @@ from launch.ds_json.view import (
     compute_dtype,
     is_enabled,
     optimizer_block,
+    switched_on,
     training_dtype,
 )
 from launch.parity.reference_model import is_pretrained_model
+from launch.parity.reference_optimizers import OPTIMIZERS
 from launch.training.lr_schedule import learning_rate_factor
 from launch.training.train_step import StepResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def _adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        groups,
-        lr=float(settings["lr"]),
-        betas=tuple(settings["betas"]),
-        eps=settings["eps"],
-        weight_decay=settings["weight_decay"],
-    )
-
-
-# Keyed by the optimizer type in a DeepSpeed JSON, in lower case. DeepSpeed's "Adam" is also AdamW.
-OPTIMIZERS = {"adam": _adamw, "adamw": _adamw}
 
 
 class Reference:
@@ -53,7 +42,8 @@ class Reference:
     gradients are summed and applied in fp32, and the model's weights are the rounded master
     weights. In fp16, the loss is multiplied by a fixed scale so that small gradients do not round
     to zero. With the JSON's torch_autocast, weights are fp32 and only the matrix products are in
-    bf16.
+    bf16. Where the JSON keeps master weights or moments in bf16, they are rounded after each step, which
+    itself computes in fp32.
     """
 
     def __init__(self, model: nn.Module, ds_config: dict[str, Any], train: Train) -> None:
@@ -64,6 +54,9 @@ class Reference:
         self.mixed = training_dtype(ds_config) is not torch.float32
         half = training_dtype(ds_config) is torch.float16
         self.loss_scale = float(block(ds_config, "fp16")["loss_scale"]) if half else 1.0
+        low = block(ds_config, "bf16")
+        self.rounds_weights = switched_on(low.get("bf16_master_weights_and_grads"))
+        self.rounds_moments = switched_on(low.get("bf16_optimizer_states"))
         self.weights = list(model.parameters())
         self.autocast = torch.autocast(
             self.weights[0].device.type,
@@ -73,13 +66,11 @@ class Reference:
         self.masters = (
             [nn.Parameter(w.detach().float()) for w in self.weights] if self.mixed else self.weights
         )
-        groups: list[dict[str, Any]] = [
-            {"params": [master for master in self.masters if master.dim() > 1]},
-            {"params": [master for master in self.masters if master.dim() <= 1], "weight_decay": 0},
-        ]
         kind, settings = optimizer_block(ds_config)
-        self.learning_rate = float(settings["lr"])
-        self.optimizer = OPTIMIZERS[kind.lower()](groups, settings)
+        named = dict(zip(canonical_names(model), self.masters, strict=True))
+        self.optimizers = OPTIMIZERS[kind.lower()](named, settings)
+        self.groups = [group for each in self.optimizers for group in each.param_groups]
+        self.learning_rates = [float(group["lr"]) for group in self.groups]
 
     def compile(self) -> None:
         """Compile the forward pass, loss included, and the backward pass."""
@@ -88,12 +79,11 @@ class Reference:
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on a whole global batch, one micro batch at a time."""
         device = self.weights[0].device
-        learning_rate = self.learning_rate * learning_rate_factor(
-            self.train.schedule, self.step_number, self.train.steps
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad()
+        factor = learning_rate_factor(self.train.schedule, self.step_number, self.train.steps)
+        for group, learning_rate in zip(self.groups, self.learning_rates, strict=True):
+            group["lr"] = learning_rate * factor
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         counted = batch.labels.numel() if batch.loss_weights is None else batch.loss_weights.sum()
         loss_sum = 0.0
         for micro_batch in batch.micro_batches():
@@ -104,13 +94,24 @@ class Reference:
             if self.mixed:
                 self._move_gradients_to_masters()
         norm = self.clip_gradients()
-        self.optimizer.step()
+        if self.rounds_weights:
+            _round(master.grad for master in self.masters)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.rounds_weights:
+            _round(self.masters)
+        if self.rounds_moments:
+            _round(value for master in self.masters for value in self.state_of(master).values())
         if self.mixed:
             with torch.no_grad():
                 for weight, master in zip(self.weights, self.masters, strict=True):
                     weight.copy_(master)
         self.step_number += 1
-        return StepResult(loss_sum, float(norm), learning_rate)
+        return StepResult(loss_sum, float(norm), self.groups[0]["lr"])
+
+    def state_of(self, master: Tensor) -> dict[str, Tensor]:
+        """What the optimizer keeps of a weight."""
+        return {key: v for each in self.optimizers for key, v in each.state.get(master, {}).items()}
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients by their global norm, and return the norm before that."""
@@ -129,6 +130,14 @@ class Reference:
         """Every parameter by its canonical name, in fp32; tied ones once."""
         names = canonical_names(self.model)
         return {n: m.detach().float() for n, m in zip(names, self.masters, strict=True)}
+
+
+def _round(tensors: Iterable[Tensor | None]) -> None:
+    """Round tensors to bf16 where they are; counts of steps (of no dimension) stay."""
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor is not None and tensor.dim():
+                tensor.copy_(tensor.bfloat16())
 
 
 def _loss(model: nn.Module, batch: MicroBatch) -> Tensor:

@@ -51,8 +51,8 @@ def check_comparable(recipe: Recipe, ds_config: dict[str, Any]) -> None:
     """Reject a run that one device cannot reproduce step by step.
 
     Raises:
-        UserError: for fp16 with a dynamic loss scale, dropout, or an optimizer other than AdamW; it
-            names the override to use.
+        UserError: for fp16 with a dynamic loss scale, dropout, or an optimizer other than AdamW and Muon;
+            it names the override to use.
     """
     check_reproducible(ds_config)
     check_no_dropout(recipe)
@@ -62,12 +62,12 @@ def check_reproducible(ds_config: dict[str, Any]) -> None:
     """The part of `check_comparable` that needs the resolved JSON alone.
 
     Raises:
-        UserError: for fp16 with a dynamic loss scale, or an optimizer other than AdamW.
+        UserError: for fp16 with a dynamic loss scale, or an optimizer other than AdamW and Muon.
     """
     import torch
 
     from launch.ds_json.view import block, compute_dtype, is_enabled, optimizer_block
-    from launch.parity.reference import OPTIMIZERS
+    from launch.parity.reference_optimizers import OPTIMIZERS
 
     fixed_scale = block(ds_config, "fp16").get("loss_scale", 0)
     if compute_dtype(ds_config) is torch.float16 and not fixed_scale:
@@ -83,7 +83,7 @@ def check_reproducible(ds_config: dict[str, Any]) -> None:
     kind, settings = optimizer_block(ds_config)
     if kind.lower() not in OPTIMIZERS:
         raise UserError(
-            f"optimizer.type: the reference steps with AdamW, and this is {kind or 'absent'}; "
+            f"optimizer.type: the reference steps with AdamW or Muon, and this is {kind or 'absent'}; "
             "use --set deepspeed.optimizer.type=AdamW"
         )
     if not settings.get("adam_w_mode", True):

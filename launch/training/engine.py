@@ -64,7 +64,7 @@ def build_engine(
             optimizer, lambda step: learning_rate_factor(train.schedule, step, train.steps)
         )
 
-    if optimizer_block(ds_config)[0].lower() != "muon":
+    if optimizer_block(ds_config)[0].lower() != "muon" or not train.compile:
         import_muon_uncompiled()
     if not train.compile:
         keep_compiler_unloaded()

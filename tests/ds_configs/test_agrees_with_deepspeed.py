@@ -31,6 +31,8 @@ STRICTER: dict[tuple[str, str], str] = {
     ("forbidden", "zero_optimization.offload_param.nvme_path"): "by the swapper",
     ("forbidden", "zero_optimization.offload_optimizer.nvme_path"): "by the swapper",
     ("forbidden", "zero_optimization.compute_grad_norm"): "by the optimizer's wrapper",
+    ("forbidden", "bf16.bf16_master_weights_and_grads"): "by the optimizer's wrapper",
+    ("forbidden", "fp16.fp16_master_weights_and_grads"): "by the optimizer's wrapper",
     ("stage0-accumulation", "data_types.grad_accum_dtype"): "where the script brings an optimizer",
 }
 

@@ -68,6 +68,26 @@ def test_zero1_in_bf16_with_fp32_accumulation_is_another_class() -> None:
     assert run_ranks(train_raw, 1, bf16, 1)[0]["optimizer"] == "DeepSpeedZeroOptimizer"
 
 
+def test_zero1_in_bf16_with_fp32_accumulation_keeps_fp32_states() -> None:
+    """The keys of bf16 states change no number there, and at stage 2 they do."""
+    low = config({}, "zero2_bf16_states")["bf16"]
+    losses = {
+        stage: [run_ranks(train_raw, 1, {**zero(stage), "bf16": block})[0]["losses"]
+                for block in ({"enabled": True}, low)]
+        for stage in (1, 2)
+    }  # fmt: skip
+    assert losses[1][0] == losses[1][1]
+    assert losses[2][0] != losses[2][1]
+
+
+def test_bf16_states_go_with_weights_in_fp32_too() -> None:
+    bf16 = {**config({}, "zero2_bf16_states")["bf16"], "enabled": False}
+    plain = run_ranks(train_raw, 1, config({"bf16": {"enabled": False}}))[0]
+    rounded = run_ranks(train_raw, 1, config({"bf16": bf16}))[0]
+    assert plain["dtype"] == rounded["dtype"] == "torch.float32"
+    assert plain["losses"][0] == rounded["losses"][0] and plain["losses"] != rounded["losses"]
+
+
 def test_batch_sizes_may_be_whole_floats() -> None:
     sizes = {"train_batch_size": 8.0, "train_micro_batch_size_per_gpu": 4.0}
     changed = config({**sizes, "gradient_accumulation_steps": None})

@@ -30,6 +30,7 @@ def params(**changes: Any) -> dict[str, Any]:
     return config({"optimizer": {"params": changes}})
 
 
+LOW_STATES = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 MUON = {"type": "Muon", "params": {"lr": 0.02}}
 # rule, key it is found at, a config that triggers it, one that does not
 CASES: list[tuple[str, str, Any, Any]] = [
@@ -97,7 +98,18 @@ CASES: list[tuple[str, str, Any, Any]] = [
      {**zero(1), "optimizer": MUON}),
     ("forbidden", "bf16.bf16_master_weights_and_grads",
      {**zero(0), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
-     config({"bf16": {"bf16_master_weights_and_grads": True}})),
+     config({}, "zero2_bf16_states")),
+    ("forbidden", "bf16.bf16_master_weights_and_grads",
+     config({"bf16": {"bf16_master_weights_and_grads": True}}),
+     config({"bf16": {"bf16_master_weights_and_grads": True}}, "zero2_offload_cpu")),
+    ("forbidden", "bf16.bf16_master_weights_and_grads",
+     config({"zero_optimization": {"offload_optimizer": CPU}}, "zero2_bf16_states"),
+     config({"bf16": LOW_STATES}, "zero2_offload_cpu")),
+    ("no-effect", "bf16.bf16_master_weights_and_grads",
+     config({"zero_optimization": {"stage": 1}}, "zero2_bf16_states"),
+     config({"zero_optimization": {"stage": 1}, "data_types": None}, "zero2_bf16_states")),
+    ("unchecked-value", "bf16.bf16_master_weights_and_grads",
+     config({"bf16": {"enabled": False}}, "zero2_bf16_states"), config({}, "zero2_bf16_states")),
     ("forbidden", "bf16.bf16_optimizer_states", config({"bf16": {"bf16_optimizer_states": True}}),
      config({"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}})),
     ("implied-clipping", "gradient_clipping", config({"gradient_clipping": None}), CLEAN),

@@ -92,6 +92,7 @@ SPECIAL = [
         Case("zero1", 2, "fp32", "gpt2", clip=NO_CLIP, overrides=(d, "deepspeed.gradient_clipping=0"))
         for d in (TP2, PP2)
     ),
+    Case("zero3", 4, "fp32", overrides=("deepspeed.zero_optimization.zero_hpz_partition_size=2",)),
     Case("zero1", 3, "fp32", "llama", overrides=SIX_HEADS),
     Case("zero0", 3, "bf16", "gpt2", overrides=SIX_HEADS),
     Case("zero1", 4, "fp32", "llama", overrides=(*ONE_KEY, "parallel.sequence=true")),

@@ -126,8 +126,12 @@ def train_recipe(file: Path, folder: Path, hub_model: Path) -> tuple[str, str, s
     """One rank's part of a run through the real entry; names the engine's dtype and optimizers."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import deepspeed
+    import torch._dynamo
 
     from launch import train
+
+    # Where the fork server imports Muon, its kernels are marked for compiling; these runs compile nothing.
+    torch._dynamo.config.disable = True
 
     seen: list[tuple[str, str, str]] = []
     initialize = deepspeed.initialize

@@ -88,12 +88,14 @@ def test_the_header_says_what_where_and_how(file: Path) -> None:
 
 
 def layout_names(file: Path) -> list[str]:
-    """What a recipe's parallel block may be called in its name."""
+    """What a recipe's optimizer and parallel block may be called in its name."""
     parallel = load_recipe(file).parallel
     stages = f"_pp{parallel.pipeline}" if parallel.pipeline > 1 else ""
     order = f"_{parallel.schedule.partition('-')[0]}" if parallel.schedule != "1f1b" else ""
     tensor = f"_tp{parallel.tensor}" if parallel.tensor > 1 else ""
-    names = [stages + order + tensor]
+    kind = load_recipe(file).deepspeed.get("optimizer", {}).get("type", "AdamW")
+    optimizer = f"_{kind.lower()}" if kind != "AdamW" else ""
+    names = [optimizer + stages + order + tensor]
     data = header_ranks(file) // (parallel.tensor * parallel.pipeline)
     if min(parallel.tensor, parallel.pipeline, data) > 1:
         names.append("_3d")
@@ -232,13 +234,14 @@ def test_it_trains_in_its_own_layout(
     assert (
         ranks[0][1]
         == {
-            "0": "AdamW",
+            "0": ranks[0][2],
             "1": "DeepSpeedZeroOptimizer" if tiny else "BF16_Optimizer",
             "2": "DeepSpeedZeroOptimizer",
             "3": "DeepSpeedZeroOptimizer_Stage3",
         }[stage[1]]
     )
-    assert ranks[0][2] == ("DeepSpeedCPUAdam" if "offload" in file.stem else "AdamW")
+    muon = "MuonWithAuxAdam" if "_muon" in file.stem else "AdamW"
+    assert ranks[0][2] == ("DeepSpeedCPUAdam" if "offload" in file.stem else muon)
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     losses = [record["loss"] for record in records]
     assert len(losses) == STEPS

@@ -34,14 +34,19 @@ LLAMA = [*GPT, "model.norm=rmsnorm", "model.mlp=swiglu", "model.bias=false", "mo
 LLAMA += ["model.qk_norm=true", "model.ffn=50"]
 BF16, FP32 = "deepspeed.bf16.enabled=true", "deepspeed.bf16.enabled=false"
 BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=20000"
+LOW_STATES = ["deepspeed.bf16.bf16_master_weights_and_grads=true"]
+LOW_STATES += ["deepspeed.bf16.bf16_optimizer_states=true"]
 ZERO3 = [BUCKET, "deepspeed.zero_optimization.stage3_param_persistence_threshold=200"]
 
 
 def overrides_of(stage: str, layout: str, model: list[str]) -> list[str]:
-    found = [*model, f"deepspeed.config=ds_configs/zero{stage}.json"]
+    found = [
+        *model,
+        f"deepspeed.config=ds_configs/zero{stage.removesuffix('_states').removesuffix('_muon')}.json",
+    ]
     if stage == "0":
         found += ["deepspeed.torch_autocast.enabled=true"]
-    elif stage == "0_fp32":
+    elif stage.startswith("0_fp32"):
         found += [FP32]
     elif "fp16" in stage:
         found += ["deepspeed.bf16=null", BUCKET]
@@ -51,6 +56,10 @@ def overrides_of(stage: str, layout: str, model: list[str]) -> list[str]:
         found += [BUCKET]
     if stage.startswith("3"):
         found += ZERO3
+    if stage.endswith("_states"):
+        found += LOW_STATES
+    if stage.endswith("_muon"):
+        found += ["deepspeed.optimizer.type=Muon", "deepspeed.optimizer.params.fused=null"]
     for axis in ("tensor", "pipeline"):
         if f"{axis} 2" in layout:
             found.append(f"parallel.{axis}=2")
@@ -148,14 +157,20 @@ def expected(recipe: Recipe, ranks: int) -> list[State]:
 
 
 LAYOUTS = {"one rank": 1, "data 2": 2, "data 3": 3, "tensor 2": 2, "tensor 2, data 2": 4}
+DATA = {layout: ranks for layout, ranks in LAYOUTS.items() if "tensor" not in layout}
 PIPELINES = {"pipeline 2": 2, "pipeline 2, data 2": 4, "pipeline 2, tensor 2": 4}
 MODELS = {"gpt": GPT, "llama": LLAMA}
 CASES = [
     pytest.param(stage, layout, model)
-    for stages, layouts in ((("0", "0_fp32", "1", "2", "3"), LAYOUTS), (("0_fp32", "1"), PIPELINES))
+    for stages, layouts in (
+        (("0", "0_fp32", "1", "2", "3", "2_states", "3_states"), LAYOUTS),
+        (("0_fp32", "1"), PIPELINES),
+        (("0_fp32_muon", "1_muon"), DATA),
+    )
     for stage in stages
     for layout in layouts
     for model in MODELS
+    if "muon" not in stage or model == "gpt"  # the other model's embeddings are not tied
 ]
 
 

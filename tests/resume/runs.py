@@ -50,10 +50,13 @@ def train(
 
 
 def _train(values: dict[str, Any], resume: str | None, kill_after: int | None) -> None:
+    import torch._dynamo
     from deepspeed.accelerator import get_accelerator
 
     import launch.train
 
+    # Where the fork server imports Muon, its kernels are marked for compiling; these runs compile nothing.
+    torch._dynamo.config.disable = True
     # DeepSpeed asks for a device that is fast at it; torch's CPU operations compute in fp16 all the same.
     type(get_accelerator()).is_fp16_supported = lambda self: True
     if kill_after is not None:

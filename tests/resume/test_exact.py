@@ -13,6 +13,8 @@ from tests.selection import representatives
 FP32: dict[str, Any] = {"bf16": {"enabled": False}}
 
 
+# `fused` is AdamW's.
+MUON = {"type": "Muon", "params": {"lr": 1e-2, "fused": None}}
 OPTIMIZER_ON_CPU = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
@@ -37,6 +39,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stage 0, bf16": ("zero0.json", {}),
     "stage 2, bf16": ("zero2.json", {}),
     "stage 3, bf16": ("zero3.json", {}),
+    "stage 0, fp32, Muon": ("zero0_fp32.json", {"optimizer": MUON}),
+    "stage 1, bf16, Muon": ("zero1.json", {"optimizer": MUON}),
+    "stage 2, bf16 states": ("zero2_bf16_states.json", {}),
     # So large a scale that the first steps are skipped: its state is what a resumed run depends on.
     "stage 1, fp16": (
         "zero1_fp16.json",

@@ -137,6 +137,21 @@ def test_a_transformers_model_goes_through_layouts(
             assert kept[0] == kept[1]
 
 
+@pytest.mark.matrix
+def test_states_in_bf16_go_on_in_fp32_with_the_same_numbers(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    values = recipe(tmp_path, "stage 2, data 4")
+    low = values | {"deepspeed": {
+        "config": "ds_configs/zero2_bf16_states.json", "optimizer": values["deepspeed"]["optimizer"],
+    }}  # fmt: skip
+    run_ranks(save_then_train, 2, low, tmp_path / "low")
+    checkpoint = saved(tmp_path / "low")
+    began = whole_state(checkpoint)
+    wide = recipe(tmp_path, "one device")
+    run_ranks(load_each, 1, wide, [checkpoint], tmp_path / "wide", 0)
+    assert same(whole_state(saved(tmp_path / "wide/0")), began)
+
+
 def test_the_saved_weights_are_those_that_the_ranks_gather(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     name = "pipeline 2 x tensor 2, stage 1"

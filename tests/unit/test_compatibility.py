@@ -21,6 +21,7 @@ def read(stem: str, *overrides: str, ranks: int = 4) -> dict[str, object]:
     return resolve(recipe, plan_layout(recipe, ranks))
 
 
+MUON = "deepspeed.optimizer={type: Muon, params: {lr: 0.02, fused: null}}"
 REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "pipeline with ZeRO-2": (
         "zero2", (PIPELINE,), r"parallel.pipeline: .* stage 2: .* use deepspeed.config=ds_configs/zero1",
@@ -34,6 +35,14 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero0", ("deepspeed.fp16.enabled=true", "deepspeed.data_types=null"),
         r"fp16.enabled: .* divides gradients by the loss scale.* use .*=ds_configs/zero1_fp16.json",
     ),
+    "master weights in fp16": (
+        "zero2_offload_cpu",
+        (
+            "deepspeed.bf16=null", "deepspeed.data_types=null", "deepspeed.fp16.enabled=true",
+            "deepspeed.fp16.fp16_master_weights_and_grads=true",
+        ),
+        r"fp16.fp16_master_weights_and_grads: nothing checks .* use bf16",
+    ),
     "Muon in fp16": (
         "zero1",
         (
@@ -42,6 +51,20 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ),
         r"optimizer.type: DeepSpeed's Muon keeps its momentum in the loss scale .* use bf16",
     ),
+    "Muon on tensor ranks": (
+        "zero1", (MUON, "deepspeed.bf16.enabled=true", TENSOR), r"optimizer.type: Muon makes whole",
+    ),
+    "Muon with an untied head": (
+        "zero0", (MUON, "model.tied=false"), r"optimizer.type: .* use family gpt with model.tied=true",
+    ),
+    "Muon of transformers": ("hf_qwen3_0b6_zero2", (MUON,), r"optimizer.type: DeepSpeed gives Muon"),
+    **{
+        f"Muon with {stem}": (
+            stem, (MUON, "deepspeed.zero_optimization.reduce_scatter=false"),
+            r"optimizer.type: here DeepSpeed clips .*=ds_configs/zero1.json in bf16, or zero0.json",
+        )
+        for stem in ("zero1", "zero2", "zero3")
+    },
     "a tied last stage without a block": (
         "zero1", (PIPELINE, TENSOR, "parallel.partition=type:token|norm", "deepspeed.bf16.enabled=true"),
         r"parallel.partition: the last stage has no block, .* model.tied=false, or fewer stages",
@@ -118,6 +141,16 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "zero1", ("parallel.tensor=4", "model.heads=12", "model.hidden=384", "model.kv_heads=3"),
         r"parallel.tensor: 4 ranks do not divide the model's 12 heads, 3 key/value heads .* use 3 or 6",
     ),
+    **{
+        key: ("zero3", (f"deepspeed.{key}={value}",), rf"{key}.*: .* nothing checks it; take the key out")
+        for key, value in {
+            "zero_optimization.zero_quantized_weights": "true",
+            "zero_optimization.zero_quantized_gradients": "true",
+            "zero_optimization.zenflow": "{topk_ratio: 0.1}",
+            "zero_optimization.offload_optimizer": "{device: cpu, super_offload: true}",
+            "compile.deepcompile": "true",
+        }.items()
+    },
     "sequence length": (
         "zero1", (TENSOR, SEQUENCE, "data.sequence_length=255"), r"parallel.sequence: .* use 254",
     ),
@@ -152,6 +185,7 @@ def test_what_composes_is_accepted() -> None:
         ("zero0", (PIPELINE,)), ("zero1", (PIPELINE, TENSOR)), ("zero3", (TENSOR, SEQUENCE)),
         ("zero2_offload_cpu", (TENSOR,)), ("zero1", ("parallel.tensor=4", "model.kv_heads=2")),
         ("zero3", (TENSOR, "train.compile=true", "model.dropout=0.0")),
+        ("zero0", (MUON,)), ("zero1", (MUON, "deepspeed.bf16.enabled=true")),
     ):  # fmt: skip
         read(stem, *overrides)
 
