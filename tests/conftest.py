@@ -1,5 +1,6 @@
 """Set up once for all tests: private caches, DeepSpeed's ops, and that no process is left over."""
 
+import gc
 import os
 import tempfile
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from launch.ops.builder import build_ops, use_private_cache
 from launch.runtime.fork_server import PRELOAD
+from tests.ranks import share_server
 
 CPU_OPS = ("cpu_adam", "async_io")
 MARK = "TEST_SESSION"  # inherited by whatever a test starts, however far from us it ends up
@@ -31,20 +33,37 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 use_private_cache()
 
-_caches = tempfile.TemporaryDirectory(prefix="test-caches-")
-for name in (
-    "HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR", "HYPOTHESIS_STORAGE_DIRECTORY",
-):  # fmt: skip
-    os.environ[name] = str(Path(_caches.name, name.lower()))
-# Launchers leave folders behind, and so does whatever a test kills: theirs goes with this one.
-os.environ["TMPDIR"] = str(Path(_caches.name, "tmp"))
-Path(os.environ["TMPDIR"]).mkdir()
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have their controller's
+    _caches = tempfile.TemporaryDirectory(prefix="test-caches-")
+    for name in (
+        "HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR", "HYPOTHESIS_STORAGE_DIRECTORY",
+    ):  # fmt: skip
+        os.environ[name] = str(Path(_caches.name, name.lower()))
+    # Launchers leave folders behind, and so does whatever a test kills: theirs goes with this one.
+    os.environ["TMPDIR"] = str(Path(_caches.name, "tmp"))
+    Path(os.environ["TMPDIR"]).mkdir()
 
 # What many tests' ranks would import each for itself: a quarter of what a small run takes.
 PRELOAD += (
     "pytest", "tests.parity.faults.bench", "launch.train", "datasets", "numpy.ma",
     "matplotlib.figure", "matplotlib.ticker", "matplotlib.backends.backend_agg",
 )  # fmt: skip
+
+# Of what is imported to collect the tests nothing is garbage.
+gc.disable()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the fork server between pytest-xdist's workers."""
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or config.getoption("numprocesses", None):
+        share_server(is_worker)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, of what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

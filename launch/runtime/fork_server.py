@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
+    "launch.runtime.gc_off",
     "torch", "deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3",
     "transformers.models.llama.modeling_llama", "models.hf",
@@ -123,7 +124,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         try:
             with _LOCK:
-                _start_server()
+                start_server()
                 ours = dict(os.environ)
             port = free_port()
             for rank in range(world_size):
@@ -208,6 +209,7 @@ def _in_child(
 ) -> None:
     os.setsid()  # a group of its own, so that what this rank starts can be ended with it
     gc.freeze()  # the server's million objects stay: to look through them takes half a second each time
+    gc.enable()
     watch = threading.Thread(target=_until_told_to_leave, args=(pipe,), daemon=True)
     watch.start()
     # Kept open until the process ends: the handler below writes into it.
@@ -247,7 +249,8 @@ def _answer(payload: bytes) -> bytes:
             return pickle.dumps((None, None, text))
 
 
-def _start_server() -> None:
+def start_server() -> None:
+    """Start the fork server where none runs; it imports while this process goes on."""
     CONTEXT.set_forkserver_preload(PRELOAD)
     # torch looks for GPUs when deepspeed is imported; through NVML that does not start CUDA, which
     # would not survive the fork.

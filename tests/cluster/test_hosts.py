@@ -18,6 +18,7 @@ from tests.cluster.jobs import (
     LAUNCHERS,
     LAYOUTS,
     MANY,
+    Submitted,
     care,
     hang,
     hosts,
@@ -105,17 +106,35 @@ def test_a_killed_rank_ends_the_job(cluster: Cluster, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", each_launcher("ssh"))
 def test_a_host_whose_ranks_hang_is_ended_when_another_fails(cluster: Cluster, kind: str) -> None:
-    """What a lost GPU collective does, and worse: on the other host nothing takes notice of anything."""
+    """What a lost GPU collective does, and worse: on the other host nothing takes notice of anything.
+
+    Before that, the job runs as any other: its folder is taken, and who watches it may leave.
+    """
     file = recipe(cluster, f"hang_{kind}", steps=MANY)
     with cluster.limit(SLOW):
         job = submit(cluster, kind, file, hosts(cluster), gpus=1)
         wait_for_step(job, 3)
+        check_that_it_runs(cluster, job, kind)
         hang(cluster, cluster.hosts[0])
         training(cluster, cluster.hosts[1])[1].kill()
         wait_for_nothing_left(cluster)
     followed = care(cluster, "status", "--follow", str(job.run))
     assert followed.code == 2
     assert f"job {job.id} failed (exit code " in followed.error()
+
+
+def check_that_it_runs(cluster: Cluster, job: Submitted, kind: str) -> None:
+    """A second job in its folder is refused; Ctrl-C ends who follows it, and not the job."""
+    again = ["--set", f"run.dir={job.run}"]
+    second = try_submit(cluster, kind, recipe(cluster, "second"), hosts(cluster), *again, gpus=1)
+    assert second.code == 2
+    assert f"job {job.id} has {job.run} and is running" in second.error()
+    submit_py = ROOT / "scripts/submit.py"
+    watcher = cluster.start([sys.executable, submit_py, "status", "--follow", job.id])
+    wait_for(watcher, "running")
+    os.killpg(watcher.pid, signal.SIGINT)
+    assert f"job {job.id} goes on" in watcher.communicate(timeout=300)[0]
+    assert "running" in state(cluster, job)
 
 
 @pytest.mark.matrix  # as a node of Slurm
@@ -134,22 +153,11 @@ def test_a_job_whose_host_dies_ends(cluster: Cluster, kind: str) -> None:
     assert f": host {second}: unreachable" in followed.error(), followed.output
 
 
+@pytest.mark.matrix  # as one that starts
 def test_a_cancelled_job_leaves_nothing(cluster: Cluster) -> None:
     with cluster.limit(SLOW):
         job = submit(cluster, "ssh", recipe(cluster, "cancel", steps=MANY), hosts(cluster), gpus=1)
         wait_for_step(job, 3)
-        again = ["--set", f"run.dir={job.run}"]
-        second = try_submit(
-            cluster, "ssh", recipe(cluster, "cancel"), hosts(cluster), *again, gpus=1
-        )
-        assert second.code == 2
-        assert f"job {job.id} has {job.run} and is running" in second.error()
-        submit_py = ROOT / "scripts/submit.py"
-        watcher = cluster.start([sys.executable, submit_py, "status", "--follow", job.id])
-        wait_for(watcher, "running")
-        os.killpg(watcher.pid, signal.SIGINT)
-        assert f"job {job.id} goes on" in watcher.communicate(timeout=300)[0]
-        assert "running" in state(cluster, job)
         ended = care(cluster, "cancel", job.id)
         assert ended.code == 0, ended.output
         wait_for_nothing_left(cluster, seconds=5)
@@ -210,8 +218,9 @@ def test_a_job_that_is_asked_to_save_goes_on_when_submitted_again(
 MOMENTS = [pytest.param(kind, after) for after in (1.5, 0.0, 4.0) for kind in LAUNCHERS]
 
 
-@pytest.mark.matrix  # as one that trains already
-@pytest.mark.parametrize(("kind", "seconds"), MOMENTS)
+@pytest.mark.parametrize(
+    ("kind", "seconds"), representatives(MOMENTS, lambda kind, seconds: {kind} & {"ssh"})
+)
 def test_a_job_is_cancelled_at_whatever_moment_of_its_start(
     cluster: Cluster, kind: str, seconds: float
 ) -> None:

@@ -30,6 +30,7 @@ __all__ = ["CLIP", "NO_CLIP", "STEPS", "write_text"]
 FAMILIES = {name: compositions.FAMILIES[name] for name in ("gpt2", "llama")}
 DOCUMENTS = "data.document_mask=true"
 EPS_KEY = "deepspeed.optimizer.params.eps"
+ROWS_KEY = "train.global_batch_size"
 LARGE_EPS = (f"{EPS_KEY}={EPS}",)
 
 
@@ -58,6 +59,11 @@ class Case:
         parts = [self.stem, str(self.ranks), self.precision, self.family, *changed, *weights]
         return "-".join(parts)
 
+    @property
+    def few_rows(self) -> dict[str, Any]:
+        """Changes for `recipe`: two micro batches of each of two data parallel ranks, half of the usual."""
+        return {ROWS_KEY: 4 * self.micro_batch}
+
     def recipe(self, folder: Path, changes: dict[str, Any] | None = None) -> Recipe:
         """The tiny recipe, made smaller still; `folder` is for its text and what it swaps."""
         file = ROOT / "recipes" / f"gpt_tiny_{self.stem}.yaml"
@@ -72,7 +78,7 @@ class Case:
             "data.sequence_length": 16,
             "data.cache_dir": folder / "cache",
             "train.steps": STEPS,
-            "train.global_batch_size": 8 * self.micro_batch,
+            ROWS_KEY: 8 * self.micro_batch,
             "train.micro_batch_size": self.micro_batch,
             "train.seed": 1234,
             "train.schedule.warmup_steps": 2,

@@ -44,7 +44,7 @@ def kinds(case: HFCase) -> set[object]:
     "case", representatives(CASES, kinds, lambda case: case.ranks), ids=lambda case: case.name
 )
 def test_layout_equals_one_device(case: HFCase, bench: Workbench) -> None:
-    differences = bench.compare(case)
+    differences = bench.compare(case, changes=case.few_rows)
     assert not [d for d in differences if d.past]
     assert {d.quantity for d in differences} >= {"loss", "grad norm", "weights"}
 
@@ -59,7 +59,11 @@ BF16_AT_STAGE_0 = HFCase("zero0", 2, "bf16", model="llama")
 
 
 def test_bf16_at_stage_0_equals_one_device(bench: Workbench) -> None:
-    assert not [d for d in bench.compare(BF16_AT_STAGE_0, changes=BF16_COPY) if d.past]
+    assert not [
+        d
+        for d in bench.compare(BF16_AT_STAGE_0, changes=BF16_COPY | BF16_AT_STAGE_0.few_rows)
+        if d.past
+    ]
 
 
 def _replicas(values: dict[str, Any], scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -83,7 +87,8 @@ def _replicas(values: dict[str, Any], scratch: Path) -> tuple[dict[str, Any], di
 
 @pytest.mark.parametrize("stem", [pytest.param("zero1", marks=pytest.mark.matrix), "zero3"])
 def test_what_is_whole_stays_the_same_on_all_ranks(stem: str, bench: Workbench) -> None:
-    recipe = HFCase(stem, 4, "bf16", model="qwen3").recipe(bench.folder)
+    case = HFCase(stem, 4, "bf16", model="qwen3")
+    recipe = case.recipe(bench.folder, case.few_rows)
     results = run_ranks(_replicas, 4, recipe.model_dump(), bench.folder / "swap")
     held, shapes = results[0]
     assert all(others == held for others, _ in results)

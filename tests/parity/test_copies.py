@@ -67,7 +67,7 @@ def _hold_after_steps(fault: Fault, values: dict[str, Any], scratch: Path) -> He
 
 def _apart(case: Case, bench: Workbench, fault: Callable[[], None]) -> tuple[set[str], set[str]]:
     """The parameters that several ranks hold alike, and those of them that have come apart."""
-    recipe = case.recipe(bench.folder)
+    recipe = case.recipe(bench.folder, case.few_rows)
     layout = plan_layout(recipe, case.ranks)
     grid = layout.grid
     all_held = run_ranks(
@@ -103,7 +103,7 @@ def test_copies_are_equal_to_the_bit(kind: str, precision: str, bench: Workbench
     case = dataclasses.replace(KINDS[kind], precision=precision)
     several, apart = _apart(case, bench, _no_fault)
     assert apart == set()
-    recipe = case.recipe(bench.folder)
+    recipe = case.recipe(bench.folder, case.few_rows)
     if recipe.parallel.tensor > 1:
         assert {"norm.weight", "blocks.0.attention_norm.weight"} <= several
         if case.family == "gpt2":

@@ -120,7 +120,7 @@ CASES = {
 )
 def test_evaluation_is_that_of_one_device_and_leaves_no_trace(kind: str, bench: Workbench) -> None:
     case: Case = CASES[kind]
-    recipe = case.recipe(bench.folder)
+    recipe = case.recipe(bench.folder, case.few_rows)
     ds_config = resolve(recipe, plan_layout(recipe, case.ranks))
     dtype = compute_dtype(ds_config)
     arguments = (recipe.model_dump(), bench.folder / "swap")

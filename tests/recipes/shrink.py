@@ -12,7 +12,7 @@ from launch.paths import ROOT
 from scripts.make_tiny_chat import conversation
 from tests.recipes.headers import header_ranks
 
-STEPS, SEQUENCE, BATCH = 24, 32, 8
+STEPS, SEQUENCE, BATCH = 8, 32, 8
 VOCAB = 320  # the byte tokenizer's 257, padded
 
 QWEN3 = {
@@ -86,7 +86,7 @@ def shrunken(file: Path, folder: Path, hub_model: Path) -> Recipe:
         f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}",
         "train.schedule.warmup_steps=2", "train.eval_every=0", "train.eval_batches=1",
         "checkpoint.every=0", "run.tensorboard=false", "run.sample_tokens=4",
-        f"run.dir={folder / 'run'}", "deepspeed.optimizer.params.lr=5e-3",
+        f"run.dir={folder / 'run'}", "deepspeed.optimizer.params.lr=1.5e-2",
     ]  # fmt: skip
     if isinstance(recipe.model, GPTModel):
         config = recipe.model.shape

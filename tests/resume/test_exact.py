@@ -54,6 +54,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stage 3, all on a disk, bf16": ("zero3_offload_nvme.json", {}),
     "tensor 2, stage 0, fp32": ("zero0_fp32.json", {}),
     "tensor 2, stage 1, bf16": ("zero1.json", {}),
+    "tensor 2 x data 2 with sequence parallelism, stage 3, fp32": ("zero3.json", FP32),
     "tensor 2 x data 2 with sequence parallelism, stage 2, fp32": ("zero2.json", FP32),
     "tensor 2 x data 2, stage 3, fp32": ("zero3.json", FP32),
     "pipeline 2, stage 0, fp32": ("zero0_fp32.json", {}),
@@ -79,8 +80,8 @@ def _parallel(layout: str) -> dict[str, Any]:
 
 def kinds(layout: str) -> set[str]:
     """Each part of a layout's name, and each two axes that are cut."""
-    axes = layout.partition(",")[0]
-    return {*layout.split(", "), *axes.replace(" with ", " x ").split(" x ")}
+    parts = layout.replace(" with ", ", ").split(", ")
+    return {*parts, *parts[0].split(" x ")}
 
 
 @pytest.mark.parametrize("layout", representatives(LAYOUTS, kinds))

@@ -9,6 +9,7 @@ from models.init_weights import initialize
 from models.parallel.tensor_parallel import Shard
 from tests.collectives import Traffic
 from tests.ranks import run_ranks
+from tests.selection import representatives
 from tests.unit.tp_cases import (
     FAMILIES,
     LLAMA,
@@ -38,8 +39,14 @@ def family_apart(family: str) -> dict[tuple[bool, bool], Distances]:
     }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "ranks"),
+    representatives(
+        [pytest.param(family, ranks) for ranks in (4, 2) for family in FAMILIES],
+        lambda *case: case,
+        cost=lambda _, ranks: ranks,
+    ),
+)
 def test_loss_logits_and_gradients_equal_those_of_one_rank(family: str, ranks: int) -> None:
     for results in run_ranks(family_apart, ranks, family):
         for layout, found in results.items():
