@@ -164,6 +164,8 @@ class GPTPipeline(PipelineModule):
 
     def canonical_name(self, name: str) -> str:
         """The single-device name of one of this stage's layers, or of what is in it."""
+        if name == "summed_loss":
+            return "loss"
         prefixes = ["embedding.token", "embedding.position"]
         prefixes += [f"blocks.{i}" for i in range(self.config.layers)] + ["norm", "output"]
         layer, dot, rest = name.removeprefix("tied_modules.").partition(".")

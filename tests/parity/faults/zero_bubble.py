@@ -1,5 +1,6 @@
 """Faults of the zero-bubble schedule: weight gradients that come late, twice, wrong or not at all."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -117,6 +118,10 @@ def _on_last_rank() -> bool:
 ZERO_BUBBLE = "parallel.schedule=zb-h1"
 SPLIT = Case("zero1", 2, overrides=(FEW_ROWS, PP2, ZERO_BUBBLE))
 IN_BF16 = Case("zero1", 2, "bf16", overrides=(FEW_ROWS, PP2, ZERO_BUBBLE))
+# BF16_Optimizer's hooks take gradients as they come; without them, it has to be told.
+DEFERRED = replace(
+    IN_BF16, overrides=(*IN_BF16.overrides, "deepspeed.bf16.immediate_grad_update=false")
+)
 THREE_STAGES = Case(
     "zero1", 3, overrides=(FEW_ROWS, "parallel.pipeline=3", "model.layers=3", ZERO_BUBBLE)
 )
@@ -138,7 +143,7 @@ FAULTS = [
         r"blocks\.1\.mlp\.down\.weight", ranks=(1,),
     ),
     Seeded(
-        weight_gradients_that_bf16_optimizer_does_not_get, IN_BF16, NORM_1, GRADIENTS, TIED,
+        weight_gradients_that_bf16_optimizer_does_not_get, DEFERRED, NORM_1, GRADIENTS, TIED,
         ranks=BOTH,
     ),
     Seeded(
