@@ -28,7 +28,8 @@ def compile_engine(engine: DeepSpeedEngine, grid: Grid) -> None:
     - A pipeline and ZeRO-3: each block, and the loss. DeepSpeed's hooks, which gather a block's weights
       before it and release them after it, run outside the compiled code: torch must not trace them.
     - ZeRO-2 on several ranks likewise: the gradients of a model compiled as a whole all come at the end
-      of its backward pass, too late to reduce some while others are computed.
+      of its backward pass, too late to reduce some while others are computed. But a transformers model,
+      which has none of our blocks, is compiled as a whole.
 
     With tensor parallel ranks, a wait for a collective is moved behind what does not need its result,
     such as a weight gradient, and compiled code rounds to 16 bits where eager code does. A row-parallel
@@ -43,11 +44,10 @@ def compile_engine(engine: DeepSpeedEngine, grid: Grid) -> None:
             "reorder_for_compute_comm_overlap": True,
             "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
         }
-    if compiled_as_whole(grid, engine.zero_optimization_stage()):
+    parts = [m for m in engine.module.modules() if isinstance(m, (Block, Loss))]
+    if not parts or compiled_as_whole(grid, engine.zero_optimization_stage()):
         engine.compile(compile_kwargs={"options": options})
         return
-    for module in engine.module.modules():
-        if isinstance(module, (Block, Loss)):
-            # Set on the instance, where nn.Module calls it; `module.compile()` includes hooks.
-            compiled = torch.compile(module.forward, options=options)
-            object.__setattr__(module, "forward", compiled)
+    for part in parts:
+        # Set on the instance, where nn.Module calls it; `module.compile()` includes hooks.
+        object.__setattr__(part, "forward", torch.compile(part.forward, options=options))

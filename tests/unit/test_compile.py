@@ -1,0 +1,38 @@
+"""Which parts of a model are compiled: all of it, or each block and the loss, and never none."""
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from launch.training import compile as compiling
+from models.config import SIZES
+from models.gpt import GPT
+from models.parallel.grid import Grid
+
+BLOCKS_AND_LOSS = SIZES["tiny"].layers + 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "ours", "whole"),
+    [
+        (1, 2, True, True),
+        (2, 1, True, True),
+        (2, 2, True, False),
+        (3, 1, True, False),
+        (2, 2, False, True),  # a model of family hf
+    ],
+)
+def test_what_is_compiled(stage: int, data: int, ours: bool, whole: bool) -> None:
+    with torch.device("meta"):
+        model = GPT(SIZES["tiny"]) if ours else nn.Sequential(nn.Linear(2, 2))
+    engine: Any = SimpleNamespace(
+        module=model, zero_optimization_stage=lambda: stage, compile=mock.Mock()
+    )
+    with mock.patch.object(torch, "compile", side_effect=lambda forward, **_: forward) as parts:
+        compiling.compile_engine(engine, Grid(data=data))
+    assert engine.compile.call_count == whole
+    assert parts.call_count == (0 if whole else BLOCKS_AND_LOSS)
