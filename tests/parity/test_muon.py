@@ -26,7 +26,7 @@ def eagerly(*arguments: Any) -> TrainingRecord:
 
 
 CASES = [
-    Case("zero0", 2, "fp32", overrides=MUON),
+    Case("muon_zero0", 2, "fp32", overrides=MUON),
     Case("zero1", 2, "bf16", overrides=MUON),
     Case("zero0", 2, "bf16", overrides=(*MUON, "deepspeed.optimizer.params.ns_method=standard")),
     Case("zero1", 4, "bf16", "llama", micro_batch=2, overrides=MUON),

@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from launch.config.layout import plan_layout
@@ -104,10 +103,14 @@ def gradients(engine: Any) -> list[Any]:
 
 def measured(stage: str, layout: str, model: list[str]) -> tuple[int, int, int, int, int]:
     """This rank's stage, and bytes of weights, gradients, optimizer and of buckets, before an update."""
+    import torch._dynamo
+
     from launch.runtime.process_group import init_process_group
     from launch.training.engine import build_engine, make_topology
     from launch.training.train_step import train_step
 
+    # The fork server has imported Muon with its kernels marked for compiling, which takes a minute.
+    torch._dynamo.config.disable = True
     recipe = recipe_of(stage, layout, model)
     ranks = init_process_group()
     plan = plan_layout(recipe, ranks.world_size)

@@ -14,6 +14,7 @@ from tests.parity import (
     test_faults,
     test_fp16,
     test_layouts,
+    test_muon,
     test_parallel_faults,
     test_zero,
 )
@@ -56,7 +57,11 @@ def test_every_tiny_recipe_is_trained_and_compared() -> None:
 
 
 FILE_TEST = test_recipes.test_it_trains_in_its_own_layout
-LAYOUT_TESTS = (test_zero.test_layout_equals_one_device, test_layouts.test_layout_equals_one_device)
+LAYOUT_TESTS = (
+    test_zero.test_layout_equals_one_device,
+    test_layouts.test_layout_equals_one_device,
+    test_muon.test_layout_equals_one_device,
+)
 
 
 def test_every_stage_is_compared_in_each_precision() -> None:
