@@ -178,7 +178,12 @@ def run(given: argparse.Namespace) -> int:
     rows = plan_rows(sweep, lambda name, reason: say(f"left out: {name}: {reason}"))
     timing = Timing(given.warmup, given.steps, given.rounds)
     if given.profile:
-        given.profile.mkdir(parents=True, exist_ok=True)
+        try:
+            given.profile.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--profile: {given.profile} cannot be made a folder: {error.strerror}; name another"
+            ) from None
     lines = bench(rows, timing, ResultFile(given.out), earlier, given.profile, say)
     if given.json:
         print("\n".join(as_json(line) for line in lines))

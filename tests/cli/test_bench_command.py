@@ -144,6 +144,10 @@ def test_a_row_that_fails_is_a_line_and_a_known_plain_loop_is_not_run_again(
         (["--row", "train.micro_batch_size=4"], "--row .*: write NAME: KEY=VALUE KEY=VALUE"),
         (["--row", "a: train.micro_batch=4"], "--row a: .*unknown key train.micro_batch"),
         (["--row", "a: ranks=3"], "--row a: ranks=3: use 1 to 2, the number of --ranks"),
+        (
+            ["--profile", __file__],
+            "--profile: .* cannot be made a folder: File exists; name another",
+        ),
         (["--peers", "jax"], "--peers: 'jax' is not known; choose from: torch_compiled, "),
         (["--row", "a: ", "--row", "a: "], "--row: two rows are called 'a'"),
         (["--reference", "none.jsonl"], "none.jsonl: not readable: "),
