@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from launch.config.schema import Recipe
 from launch.errors import UserError
 from launch.perf.bench.equality import Equality
@@ -78,7 +80,7 @@ def measured(row: Row, timing: Timing, turns: Sequence[Sequence[Line]]) -> Line:
     first = turns[0][0]
     until = timing.warmup + timing.steps
     # Ranks wait for each other in every step, so rank 0's times hold for all.
-    seconds = sorted(s for turn in turns for s in turn[0]["seconds"][timing.warmup : until])
+    seconds = [s for turn in turns for s in turn[0]["seconds"][timing.warmup : until]]
     middle = statistics.median(seconds)
     speed = described(row)["tokens_per_step"] / middle
     full, causal = flops_per_token(row.recipe)
@@ -108,12 +110,9 @@ def measured(row: Row, timing: Timing, turns: Sequence[Sequence[Line]]) -> Line:
     }
 
 
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` of the ordered values lie, interpolated."""
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie, interpolated."""
+    return float(np.quantile(values, share))
 
 
 def compared(equality: Equality | None, reason: str | None) -> Line:

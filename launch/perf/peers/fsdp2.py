@@ -5,7 +5,7 @@ The peer of ZeRO-3.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -32,10 +32,7 @@ def train(job: Job) -> None:
             micro_loss = model(tokens, labels) / len(batches)
             micro_loss.backward()
             loss += micro_loss.detach()
-        if job.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), job.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        job.update(model, optimizer)
         return loss
 
     job.train(step)

@@ -118,6 +118,13 @@ class Job:
         for group in optimizer.param_groups:
             group["lr"] = float(settings["lr"]) * self.learning_rate_factor(step)
 
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients as the JSON has it, take a step, and forget them."""
+        if self.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
     def micro_batches(self, step: int, data_rank: int) -> list[tuple[Tensor, Tensor]]:
         """A data parallel rank's tokens and labels of a step, each `[micro_batch, sequence]`."""
         batch = self.plan.batch(step, data_rank)

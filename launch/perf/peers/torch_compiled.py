@@ -6,7 +6,7 @@ Every rank has the whole model, its gradients and the optimizer's state in fp32.
 import contextlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from launch.perf.peers.job import Job
@@ -36,10 +36,7 @@ def train(job: Job) -> None:
                     micro_loss = network(tokens, labels) / len(batches)
                 micro_loss.backward()
             loss += micro_loss.detach()
-        if job.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), job.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        job.update(model, optimizer)
         return loss
 
     job.train(step)
