@@ -14,7 +14,10 @@ from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.deepspeed_patches.autocast import keep_tied_parameters_in_their_dtype
 from launch.deepspeed_patches.autotp import check_plan, expose_tp_plan
-from launch.deepspeed_patches.bf16_optimizer import add_gradients_without_a_copy
+from launch.deepspeed_patches.bf16_optimizer import (
+    add_gradients_without_a_copy,
+    leave_gradients_that_nobody_sums,
+)
 from launch.deepspeed_patches.host_overhead import ask_for_streams_by_device, mark_no_ranges
 from launch.deepspeed_patches.pipeline import sum_tied_gradients_where_they_are, use_schedule
 from launch.deepspeed_patches.stage0 import (
@@ -24,6 +27,10 @@ from launch.deepspeed_patches.stage0 import (
     undo_step_taken_at_construction,
 )
 from launch.deepspeed_patches.startup import import_muon_uncompiled, vendor_from_proc
+from launch.deepspeed_patches.zero_gradients import (
+    add_reduced_gradients_without_a_copy,
+    wait_for_reductions_on_the_gpu,
+)
 from launch.ds_json.view import optimizer_block, training_dtype, zero_stage
 from launch.runtime.process_group import RankInfo
 from launch.training.build_model import build_model, build_partitioned, build_pipeline
@@ -83,6 +90,9 @@ def build_engine(
         )[0]
     undo_step_taken_at_construction(engine)
     add_gradients_without_a_copy(engine)
+    leave_gradients_that_nobody_sums(engine)
+    add_reduced_gradients_without_a_copy(engine)
+    wait_for_reductions_on_the_gpu(engine)
     mark_gradients(engine)
     if isinstance(engine, PipelineEngine):
         use_schedule(engine, recipe.parallel.schedule)

@@ -1,0 +1,100 @@
+"""Raw DeepSpeed shows what `launch/deepspeed_patches/zero_gradients.py` works around."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests.deepspeed_patches.raw import initialize, repaired
+from tests.ranks import run_ranks
+
+
+def two_micro_batches(stage: int, repair: bool) -> tuple[int, Any]:
+    """How many gradients are copied to fp32 in two backward passes, and the weights after the step."""
+    import torch
+    from torch import nn
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from launch.deepspeed_patches.zero_gradients import add_reduced_gradients_without_a_copy
+
+    torch.manual_seed(0)
+    engine = initialize(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": {"stage": stage},
+            "gradient_accumulation_steps": 2,
+        },
+    )
+    if repair:
+        add_reduced_gradients_without_a_copy(engine)
+    widened = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: Any = (), settings: Any = None
+        ) -> Any:
+            nonlocal widened
+            copy = function is torch.ops.aten._to_copy.default
+            widened += copy and settings.get("dtype") == torch.float32
+            return function(*arguments, **(settings or {}))
+
+    for _ in range(2):
+        loss = engine(torch.randn(1, 4, dtype=torch.bfloat16)).square().sum()
+        count: Any = Count
+        with count():
+            engine.backward(loss)
+        engine.step()
+    groups = engine.optimizer.optimizer.param_groups
+    return widened, [weights.tolist() for group in groups for weights in group["params"]]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_each_reduced_gradient_is_copied_before_it_is_added(stage: int) -> None:
+    ((raw, weights),) = run_ranks(two_micro_batches, 1, stage, False)
+    ((left, repaired_weights),) = run_ranks(two_micro_batches, 1, stage, True)
+    said = repaired("zero_gradients.add_reduced_gradients_without_a_copy")
+    assert raw - left == 2 * 4, said
+    assert repaired_weights == weights
+
+
+def waits_of_an_epilogue(repair: bool) -> tuple[bool, int]:
+    """Whether the host waits for the stream at a backward pass's end, and how often a stream does."""
+    from deepspeed.runtime.zero import stage3
+
+    from launch.deepspeed_patches import zero_gradients
+
+    class Stream:
+        waited = False
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+    optimizer: Any = object.__new__(stage3.DeepSpeedZeroOptimizer_Stage3)
+    vars(optimizer).update(
+        offload_optimizer=False,
+        reduce_and_partition_stream=Stream(),
+        ipg_buckets={},
+        params_already_reduced={},
+        fp16_groups=[],
+        report_ipg_memory_usage=lambda *_: None,
+        _backward_hook_state=mock.Mock(),
+    )
+    accelerator = mock.Mock(**{"resolves_data_dependency.return_value": False})
+    with (
+        mock.patch.object(stage3, "get_accelerator", return_value=accelerator),
+        mock.patch.object(zero_gradients, "get_accelerator", return_value=accelerator),
+    ):
+        if repair:
+            zero_gradients.wait_for_reductions_on_the_gpu(mock.Mock(optimizer=optimizer))
+        optimizer.independent_gradient_partition_epilogue()
+    stream = optimizer.reduce_and_partition_stream
+    waits = accelerator.current_stream.return_value.wait_stream.call_args_list
+    return stream.waited, waits.count(mock.call(stream))
+
+
+def test_host_waits_for_reductions() -> None:
+    raw = run_ranks(waits_of_an_epilogue, 1, False)
+    assert raw == [(True, 0)], repaired("zero_gradients.wait_for_reductions_on_the_gpu")
+    assert run_ranks(waits_of_an_epilogue, 1, True) == [(False, 1)]
