@@ -33,9 +33,7 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    def kernel(
-        total: Any, gradient: Any, elements: Any, first: tl.constexpr, block: tl.constexpr
-    ) -> None:
+    def kernel(total, gradient, elements, first: tl.constexpr, block: tl.constexpr):
         here = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = here < elements
         value = tl.load(gradient + here, inside).to(tl.float32)
