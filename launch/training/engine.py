@@ -19,6 +19,11 @@ from launch.deepspeed_patches.bf16_optimizer import (
     leave_gradients_that_nobody_sums,
 )
 from launch.deepspeed_patches.host_overhead import ask_for_streams_by_device, mark_no_ranges
+from launch.deepspeed_patches.optimizer_step import (
+    gather_small_weights_at_once,
+    look_for_overflow_once,
+    take_norms_at_once,
+)
 from launch.deepspeed_patches.pipeline import sum_tied_gradients_where_they_are, use_schedule
 from launch.deepspeed_patches.stage0 import (
     count_each_parameter_once,
@@ -93,6 +98,9 @@ def build_engine(
     leave_gradients_that_nobody_sums(engine)
     add_reduced_gradients_without_a_copy(engine)
     wait_for_reductions_on_the_gpu(engine)
+    take_norms_at_once(engine)
+    look_for_overflow_once(engine)
+    gather_small_weights_at_once(engine)
     mark_gradients(engine)
     if isinstance(engine, PipelineEngine):
         use_schedule(engine, recipe.parallel.schedule)

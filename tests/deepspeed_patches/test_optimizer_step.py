@@ -1,0 +1,120 @@
+"""Raw DeepSpeed shows what `launch/deepspeed_patches/optimizer_step.py` works around."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.deepspeed_patches.raw import initialize, repaired
+from tests.ranks import run_ranks
+
+
+def a_step(workaround: str | None, stage: int, overflow: bool = False) -> tuple[Any, Any, Any]:
+    """What torch and the group are asked for in a step; the norm before clipping; the weights after it."""
+    import math
+
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from launch.deepspeed_patches import optimizer_step
+
+    torch.manual_seed(0)
+    engine = initialize(
+        nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]),
+        {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": {"stage": stage},
+            "gradient_clipping": 0.01,
+        },
+    )
+    if workaround:
+        getattr(optimizer_step, workaround)(engine)
+    asked: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: Any = (), settings: Any = None
+        ) -> Any:
+            asked[function.name().split("::")[1].split(".")[0]] += 1
+            return function(*arguments, **(settings or {}))
+
+    torch.manual_seed(dist.get_rank())
+    inputs = torch.randn(1, 4, dtype=torch.bfloat16) * (math.inf if overflow else 1.0)
+    engine.backward(engine(inputs).square().sum())
+    count: Any = Count
+    with count():
+        engine.step()
+    weights = [group.tolist() for group in engine.optimizer.optimizer.param_groups[0]["params"]]
+    return dict(asked), float(engine.get_global_grad_norm()), weights
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_norms_are_taken_one_by_one(stage: int) -> None:
+    raw = run_ranks(a_step, 2, None, stage)
+    once = run_ranks(a_step, 2, "take_norms_at_once", stage)
+    said = repaired("optimizer_step.take_norms_at_once")
+    for (asked, norm, weights), (asked_now, norm_now, weights_now) in zip(raw, once, strict=True):
+        assert asked["linalg_vector_norm"] > 3, said
+        assert asked_now["_foreach_norm"] == 1, said
+        assert asked_now["linalg_vector_norm"] <= 2, said
+        assert norm_now == pytest.approx(norm, rel=1e-6)
+        assert (
+            weights_now == pytest.approx(weights)
+            if stage == 3
+            else weights_now == [pytest.approx(group, rel=1e-5) for group in weights]
+        )
+
+
+def test_overflow_is_looked_for_twice() -> None:
+    for overflow in (False, True):
+        raw = run_ranks(a_step, 1, None, 2, overflow)
+        once = run_ranks(a_step, 1, "look_for_overflow_once", 2, overflow)
+        (asked, norm, weights), (asked_now, norm_now, weights_now) = raw[0], once[0]
+        said = repaired("optimizer_step.look_for_overflow_once")
+        assert sum(asked.values()) > sum(asked_now.values()), said
+        assert (norm, weights) == (norm_now, weights_now)
+
+
+def messages_after_a_step(repair: bool) -> tuple[int, Any]:
+    """How many messages gather weights after a step, and all weights then."""
+    from unittest import mock
+
+    import deepspeed
+    import torch
+    from torch import nn
+
+    from launch.deepspeed_patches.optimizer_step import gather_small_weights_at_once
+
+    torch.manual_seed(0)
+    engine = initialize(
+        nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]),
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
+    )
+    if repair:
+        gather_small_weights_at_once(engine)
+    engine.backward(engine(torch.randn(1, 4, dtype=torch.bfloat16)).square().sum())
+    partitions = deepspeed.runtime.zero.partition_parameters
+    with (
+        mock.patch.object(
+            partitions.dist, "all_gather_into_tensor", wraps=partitions.dist.all_gather_into_tensor
+        ) as one,
+        mock.patch.object(
+            partitions, "_dist_allgather_fn", wraps=partitions._dist_allgather_fn
+        ) as many,
+    ):
+        engine.step()
+    weights = [parameter.tolist() for parameter in engine.module.parameters()]
+    return max(one.call_count, many.call_count), weights
+
+
+def test_small_weights_are_gathered_one_by_one() -> None:
+    raw = run_ranks(messages_after_a_step, 2, False)
+    once = run_ranks(messages_after_a_step, 2, True)
+    said = repaired("optimizer_step.gather_small_weights_at_once")
+    for (messages, weights), (messages_now, weights_now) in zip(raw, once, strict=True):
+        assert messages == 6 and messages_now == 1, said
+        assert weights_now == weights
+        assert all(weights)
