@@ -205,18 +205,19 @@ def _zero3(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> Sta
     parts = {kind: _partition(shapes, kind, data) for kind in (True, False)}
     part = sum(parts.values())
     kept = [s.numel for s in shapes if s.numel <= persistent(zero)]
-    small = 0 if data == 1 else size * sum(_padded(numel, data) for numel in kept)
+    small = 0 if data == 1 else size * sum(kept)
     limit = int(zero.get("sub_group_size", _SUB_GROUP))
     groups = sum(max(1, -(-n // limit)) for n in parts.values() if n)
     master, wide = _master_size(ds_config), dtype_name(accumulation_dtype(ds_config)) == "fp32"
     copy, summed = 0 if size == _FP32 else master * part, _FP32 if wide else size
+    bucket = size * int(zero.get("reduce_bucket_size", _BUCKET))
     found = State(
         weights=size * part + small,
         optimizer=copy + _states_of_optimizer(ds_config, part, groups),
         gradients=summed * part,
         always=summed * part,
         carried=summed * part,
-        buckets=size * int(zero.get("reduce_bucket_size", _BUCKET)),
+        buckets=bucket * zero.get("contiguous_gradients", True),
         # A sub-group's gradients, flattened, and in the dtype of what the optimizer updates.
         update=(summed + master * (summed != master)) * min(limit, max(parts.values())),
     )

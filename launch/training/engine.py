@@ -18,7 +18,11 @@ from launch.deepspeed_patches.bf16_optimizer import (
     add_gradients_without_a_copy,
     leave_gradients_that_nobody_sums,
 )
-from launch.deepspeed_patches.host_overhead import ask_for_streams_by_device, mark_no_ranges
+from launch.deepspeed_patches.host_overhead import (
+    ask_for_streams_by_device,
+    mark_no_ranges,
+    remember_parameters_of_modules,
+)
 from launch.deepspeed_patches.optimizer_step import (
     gather_small_weights_at_once,
     look_for_overflow_once,
@@ -34,6 +38,7 @@ from launch.deepspeed_patches.stage0 import (
 from launch.deepspeed_patches.startup import import_muon_uncompiled, vendor_from_proc
 from launch.deepspeed_patches.zero_gradients import (
     add_reduced_gradients_without_a_copy,
+    let_nccl_divide,
     wait_for_reductions_on_the_gpu,
 )
 from launch.ds_json.view import optimizer_block, training_dtype, zero_stage
@@ -83,6 +88,7 @@ def build_engine(
     keep_tied_parameters_in_their_dtype()
     mark_no_ranges()
     ask_for_streams_by_device()
+    let_nccl_divide()
     with vendor_from_proc():
         engine: DeepSpeedEngine = deepspeed.initialize(
             model=model,
@@ -93,6 +99,7 @@ def build_engine(
             # A PipelineModule brings its own.
             mpu=topology if tp.size > 1 and not isinstance(model, GPTPipeline) else None,
         )[0]
+    remember_parameters_of_modules()
     undo_step_taken_at_construction(engine)
     add_gradients_without_a_copy(engine)
     leave_gradients_that_nobody_sums(engine)

@@ -44,6 +44,8 @@ CHECKPOINT = "model.checkpoint_activations=true"
 COMPILE = "train.compile=true"
 # Most points were measured when gradients were added to their fp32 sums after the backward pass.
 DEFERRED = "deepspeed.bf16.immediate_grad_update=false"
+# And ZeRO-3's when they were copied into a bucket.
+CONTIGUOUS = "deepspeed.zero_optimization.contiguous_gradients=true"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def layouts(ranks: int) -> dict[str, tuple[str, ...]]:
     zero = {s: (f"deepspeed.config=ds_configs/zero{s}.json",) for s in range(4)}
     now = zero[1]
     zero[1] = (*now, DEFERRED)
+    zero[3] = (*zero[3], CONTIGUOUS)
     found: dict[str, tuple[str, ...]] = {}
     tensor, pipeline = "parallel.tensor=2", "parallel.pipeline=2"
     for stage in range(4):

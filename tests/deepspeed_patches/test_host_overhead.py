@@ -56,3 +56,37 @@ def test_streams_are_asked_for_without_a_device() -> None:
     raw = run_ranks(devices_asked_for, 1, False)
     assert raw == [[None]], repaired("host_overhead.ask_for_streams_by_device")
     assert run_ranks(devices_asked_for, 1, True) == [[3]]
+
+
+def walks_through_a_module(repair: bool) -> tuple[int, list[int]]:
+    """How often ZeRO-3 walks through a module's parameters of two times, and how many it finds.
+
+    Before the second time, it has found out that the module uses a parameter of another one.
+    """
+    import torch
+    from deepspeed.runtime.zero import parameter_offload
+    from torch import nn
+
+    from launch.deepspeed_patches.host_overhead import remember_parameters_of_modules
+
+    if repair:
+        remember_parameters_of_modules()
+        remember_parameters_of_modules()
+    module, found = nn.Sequential(nn.Linear(2, 2)), []
+    others: dict[str, nn.Parameter] = {}
+    with (
+        mock.patch.object(
+            nn.Module, "ds_external_parameters", lambda _: others.items(), create=True
+        ),
+        mock.patch.object(module, "named_parameters", wraps=module.named_parameters) as walk,
+    ):
+        for _ in range(2):
+            found.append(len(list(parameter_offload.iter_params(module, True))))
+            others["other"] = nn.Parameter(torch.zeros(1))
+    return walk.call_count, found
+
+
+def test_parameters_are_walked_through_again() -> None:
+    raw = run_ranks(walks_through_a_module, 1, False)
+    assert raw == [(2, [2, 3])], repaired("host_overhead.remember_parameters_of_modules")
+    assert run_ranks(walks_through_a_module, 1, True) == [(1, [2, 3])]

@@ -97,17 +97,15 @@ def messages_after_a_step(repair: bool) -> tuple[int, Any]:
         gather_small_weights_at_once(engine)
     engine.backward(engine(torch.randn(1, 4, dtype=torch.bfloat16)).square().sum())
     partitions = deepspeed.runtime.zero.partition_parameters
+    theirs, ours = partitions.dist, torch.distributed
+    name = "all_gather_into_tensor"
     with (
-        mock.patch.object(
-            partitions.dist, "all_gather_into_tensor", wraps=partitions.dist.all_gather_into_tensor
-        ) as one,
-        mock.patch.object(
-            partitions, "_dist_allgather_fn", wraps=partitions._dist_allgather_fn
-        ) as many,
+        mock.patch.object(theirs, name, wraps=getattr(theirs, name)) as through_deepspeed,
+        mock.patch.object(ours, name, wraps=getattr(ours, name)) as directly,
     ):
         engine.step()
     weights = [parameter.tolist() for parameter in engine.module.parameters()]
-    return max(one.call_count, many.call_count), weights
+    return max(through_deepspeed.call_count, directly.call_count), weights
 
 
 def test_small_weights_are_gathered_one_by_one() -> None:

@@ -98,3 +98,56 @@ def test_host_waits_for_reductions() -> None:
     raw = run_ranks(waits_of_an_epilogue, 1, False)
     assert raw == [(True, 0)], repaired("zero_gradients.wait_for_reductions_on_the_gpu")
     assert run_ranks(waits_of_an_epilogue, 1, True) == [(False, 1)]
+
+
+def parts_of_a_mean(repair: bool) -> tuple[int, Any]:
+    """How many divisions there are before a message, and this rank's parts of two tensors' means.
+
+    gloo has no mean: here a sum, divided after it, stands for NCCL's.
+    """
+    import torch
+    import torch.distributed as dist
+    from deepspeed.runtime.zero import stage3
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from launch.deepspeed_patches import zero_gradients
+    from tests.deepspeed_patches.raw import start
+
+    start()
+    send, divisions = dist.reduce_scatter_tensor, 0
+
+    def scatter(output: torch.Tensor, whole: torch.Tensor, **settings: Any) -> Any:
+        mean = settings.get("op") == dist.ReduceOp.AVG
+        handle = send(
+            output, whole, **({**settings, "op": dist.ReduceOp.SUM} if mean else settings)
+        )
+        if mean:
+            output.copy_(output / dist.get_world_size())
+        return handle
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: Any = (), settings: Any = None
+        ) -> Any:
+            nonlocal divisions
+            divisions += function.name().startswith("aten::div_")
+            return function(*arguments, **(settings or {}))
+
+    tensors = [torch.arange(5.0) * (dist.get_rank() + 1), torch.ones(2, 2) * 4]
+    if repair:
+        with mock.patch.object(dist, "get_backend", return_value="nccl"):
+            zero_gradients.let_nccl_divide()
+    count: Any = Count
+    with mock.patch.object(dist, "reduce_scatter_tensor", scatter), count():
+        parts = stage3.reduce_scatter_coalesced(tensors, None)
+    return divisions, [part.tolist() for part in parts]
+
+
+def test_buckets_are_divided_before_they_are_sent() -> None:
+    raw = run_ranks(parts_of_a_mean, 2, False)
+    nccl = run_ranks(parts_of_a_mean, 2, True)
+    said = repaired("zero_gradients.let_nccl_divide")
+    assert [divisions for divisions, _ in raw] == [1, 1], said
+    assert [divisions for divisions, _ in nccl] == [0, 0], said
+    assert [parts for _, parts in nccl] == [parts for _, parts in raw]
+    assert raw[0][1] == [[0.0, 1.5, 3.0], [4.0, 4.0]]
