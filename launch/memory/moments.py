@@ -244,14 +244,15 @@ class Step:
         """ZeRO-2's copies of the head's gradient, which is reduced while activations are kept."""
         if self.kind != "zero12" or self.tied or self.head <= self.bucket:
             return 0.0
-        part = count(self.shapes) / self.data
-        return self.product * self.head + 4.0 * min(self.head, part)
+        return self.product * self.head
 
     def _reduction(self) -> float:
         """Copies that exist while gradients are reduced at the end of a backward pass."""
         sizes = [shape.numel for shape in self.shapes]
         largest = max(sizes)
         if self.kind == "bf16":
+            if self.data == 1:
+                return 0.0
             # Matrices and vectors are two flat tensors: joined in one bucket (a copy), or one after the
             # other if the first fills it. Either is reduced as a copy in bf16.
             matrices = sum(shape.numel for shape in self.shapes if shape.matrix)
@@ -261,15 +262,11 @@ class Step:
             size = 4.0 if self.kind == "torch" else 2.0
             return size * min(sum(sizes), _REDUCED_AT_ONCE + largest)
         if self.kind == "zero12":
-            # A full bucket is copied to be reduced, and a parameter's part of it widened to be added.
+            # A full bucket is copied to be reduced.
             flat = 0.0 if largest > self.bucket else self.product * min(self.bucket, sum(sizes))
-            return self.state.backward + flat + 4.0 * min(largest, sum(sizes) / self.data)
+            return self.state.backward + flat
         return 2.0 * largest
 
     def _update(self) -> float:
         """Temporary copies during the update."""
-        if self.kind == "zero12" and not self.state.host:
-            # The norm of each parameter's part is computed in fp64.
-            largest = max(shape.numel for shape in self.shapes)
-            return 8.0 * min(largest, count(self.shapes) / self.data)
         return float(self.state.update)
