@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,29 +20,39 @@ MAY_IMPORT = {
 FILES = sorted(file for folder in MAY_IMPORT for file in (ROOT / folder).rglob("*.py"))
 
 
+@cache
+def import_statements(source: str) -> list[ast.Import | ast.ImportFrom]:
+    """All of a file's, also those inside functions."""
+    nodes = ast.walk(ast.parse(source))
+    return [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
 def imported(source: str) -> set[str]:
     """The top-level packages that a file imports anywhere in it, also inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in import_statements(source):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, "relative imports hide where a name comes from"
             found.add(str(node.module).split(".")[0])
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_run_one_way(file: Path) -> None:
-    folder = file.relative_to(ROOT).parts[0]
-    found = imported(file.read_text())
-    assert found & MAY_IMPORT.keys() <= MAY_IMPORT[folder]
-    if folder == "models":
-        # The pipeline is DeepSpeed's; the layers and their cuts are anyone's.
-        assert "deepspeed" not in found or file.stem in ("pipeline", "pipeline_schedules")
-    if file.is_relative_to(ROOT / "models" / "parallel"):
-        # Copyable as a folder: it knows neither the model nor anything else of the project.
-        assert "from models" not in file.read_text().replace("from models.parallel.", "")
+# The files are looped over: a test each would take longer to report than to run.
+def test_imports_run_one_way() -> None:
+    for file in FILES:
+        name = str(file.relative_to(ROOT))
+        folder, source = file.relative_to(ROOT).parts[0], file.read_text()
+        found = imported(source)
+        assert found & MAY_IMPORT.keys() <= MAY_IMPORT[folder], name
+        if folder == "models":
+            # The pipeline is DeepSpeed's; the layers and their cuts are anyone's.
+            own = file.stem in ("pipeline", "pipeline_schedules")
+            assert "deepspeed" not in found or own, name
+        if file.is_relative_to(ROOT / "models" / "parallel"):
+            # Copyable as a folder: it knows neither the model nor anything else of the project.
+            assert "from models" not in source.replace("from models.parallel.", ""), name
 
 
 # The packages of launch/ by floor: a package may import what lies on a lower line, and never its own.
@@ -66,28 +77,25 @@ FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package 
 def packages_imported(source: str, package: str) -> set[str]:
     """The other packages (or modules) of launch/ that a file of `package` imports anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
-        modules = []
+    for node in import_statements(source):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
         parts = [module.split(".") for module in modules]
         found |= {part[1] for part in parts if part[0] == "launch" and len(part) > 1}
     return found - {package}
 
 
-LAUNCH_FILES = [file for file in FILES if file.is_relative_to(ROOT / "launch")]
-
-
-@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_packages_of_launch_import_only_lower_floors(file: Path) -> None:
-    package = file.relative_to(ROOT / "launch").with_suffix("").parts[0]
-    if package == "__init__":
-        assert not packages_imported(file.read_text(), package)
-        return
-    for other in packages_imported(file.read_text(), package):
-        assert FLOOR_OF[other] < FLOOR_OF[package], f"{package} imports {other}"
+def test_packages_of_launch_import_only_lower_floors() -> None:
+    for file in (file for file in FILES if file.is_relative_to(ROOT / "launch")):
+        package = file.relative_to(ROOT / "launch").with_suffix("").parts[0]
+        others = packages_imported(file.read_text(), package)
+        if package == "__init__":
+            assert not others
+            continue
+        for other in others:
+            assert FLOOR_OF[other] < FLOOR_OF[package], f"{file} imports {other}"
 
 
 def test_every_package_of_launch_has_a_floor_and_says_what_it_holds() -> None:
@@ -160,11 +168,11 @@ def names_of_nothing(text: str) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
-def test_modules_and_files_that_texts_name_exist(file: Path) -> None:
-    missing = set(names_of_nothing(file.read_text()))
-    # The launcher's own file; and the names that the test below makes up.
-    assert missing - {"launch.py", "launch.old.thing", "models/old.py"} == set()
+def test_modules_and_files_that_texts_name_exist() -> None:
+    for file in TEXTS:
+        missing = set(names_of_nothing(file.read_text()))
+        # The launcher's own file; and the names that the test below makes up.
+        assert missing <= {"launch.py", "launch.old.thing", "models/old.py"}, file
 
 
 def test_the_check_sees_a_name_of_nothing() -> None:
