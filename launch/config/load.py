@@ -54,14 +54,12 @@ def read_values(path: str | Path, overrides: Sequence[str]) -> tuple[Path, DictC
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(values, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of blocks (model:, data:, train:, ...)")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip("."):
+            raise UserError(f"--set {override}: write key=value, for example train.steps=30")
     try:
-        for override in overrides:
-            key, equals, _ = override.partition("=")
-            if not equals or not key.strip("."):
-                raise UserError(f"--set {override}: write key=value, for example train.steps=30")
-            merged = OmegaConf.merge(values, OmegaConf.from_dotlist([override]))
-            assert isinstance(merged, DictConfig)
-            values = merged
+        values.merge_with_dotlist(list(overrides))
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} with {list(overrides)}: {error}") from None
     return path, values
