@@ -94,7 +94,8 @@ def plain_model(case: SFTCase, folder: Path) -> nn.Module:
         target_modules=LORA["targets"],
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
 
 
 def by_hand(case: SFTCase, folder: Path) -> Trained:
