@@ -43,11 +43,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have their controller's
     os.environ["TMPDIR"] = str(Path(_caches.name, "tmp"))
     Path(os.environ["TMPDIR"]).mkdir()
 
-# What many tests' ranks would import each for itself: a quarter of what a small run takes.
-PRELOAD += (
-    "pytest", "tests.parity.faults.bench", "launch.train", "datasets", "numpy.ma",
-    "matplotlib.figure", "matplotlib.ticker", "matplotlib.backends.backend_agg",
-)  # fmt: skip
+PRELOAD.append("tests.warm")  # of the fork server
 
 # Of what is imported to collect the tests nothing is garbage.
 gc.disable()

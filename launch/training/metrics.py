@@ -219,5 +219,5 @@ def draw_loss(records: list[dict[str, Any]], file: Path, title: str) -> None:
     axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.12, top=0.93)
     figure.savefig(file)

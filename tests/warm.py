@@ -1,0 +1,32 @@
+"""For the fork server, which imports this last: what many tests' ranks would each make for themselves.
+
+A sixth of the processor time of a small run's first rank: imports, matplotlib's fonts, DeepSpeed's schemas.
+"""
+
+import importlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe
+from launch.config.resolve import resolve
+from launch.paths import ROOT
+from launch.training.metrics import draw_loss
+
+for name in (
+    "pytest", "tests.parity.faults.bench", "tests.ds_configs.training", "tests.recipes.shrink",
+    "launch.train", "launch.checkpoint.load", "launch.checkpoint.resume", "launch.checkpoint.save",
+    "launch.deepspeed_patches.cpu_adam", "launch.deepspeed_patches.nvme_folder",
+    "launch.parity.layout_recorder", "launch.planner.dry_run", "launch.planner.fit_check",
+    "launch.training.finalize", "launch.training.preemption",
+    "datasets", "encodings.utf_8_sig", "numpy.ma", "numpy.ctypeslib", "rich.table",
+    "deepspeed.comm.mori", "torch.profiler._cupti_monitor", "torch._subclasses.schema_check_mode",
+    "torch.utils.serialization.config",
+):  # fmt: skip
+    importlib.import_module(name)
+
+_recipe = load_recipe(ROOT / "recipes/gpt_tiny_zero2.yaml")
+resolve(_recipe, plan_layout(_recipe, 1))
+with TemporaryDirectory() as _folder:  # matplotlib finds its fonts
+    _records = [{"step": s, "tokens": s, "loss": 1.0, "validation_loss": 1.0} for s in (1, 2)]
+    draw_loss(_records, Path(_folder, "loss.png"), "warm")
