@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from launch.paths import ROOT
-from tests.cli.commands import Ended, run, train, train_forked, write_recipe
+from tests.cli.commands import (
+    Ended,
+    run,
+    run_forked,
+    train,
+    train_command,
+    train_forked,
+    write_recipe,
+)
 
 CONFIG = "deepspeed.config"
 
@@ -217,8 +225,8 @@ def test_a_missing_compiler_is_rejected(recipe: Path, tmp_path: Path) -> None:
     tools.mkdir()
     (tools / "python").symlink_to(sys.executable)
     env = {"PATH": str(tools), "CXX": "", "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
-    ended = train(recipe, f"{CONFIG}=ds_configs/zero2_offload_cpu.json", env=env)
-    rejected(ended, "cpu_adam", "compiler")
+    _, *command = train_command(recipe, f"{CONFIG}=ds_configs/zero2_offload_cpu.json")
+    rejected(run_forked(command, env), "cpu_adam", "compiler")
 
 
 def test_a_folder_without_a_run_is_rejected(tmp_path: Path) -> None:

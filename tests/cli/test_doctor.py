@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from launch.paths import ROOT
-from tests.cli.commands import Ended, run
+from tests.cli.commands import Ended, run, run_forked
 
 DOCTOR = ROOT / "scripts/doctor.py"
 
 
-def doctor(*words: str | Path, env: dict[str, str] | None = None) -> Ended:
-    return run([sys.executable, DOCTOR, *words], env)
+def doctor(*words: str | Path) -> Ended:
+    return run([sys.executable, DOCTOR, *words])
 
 
 def test_a_machine_that_runs_the_tests_has_no_failing_line(
@@ -37,9 +37,9 @@ def test_what_fails_is_told_with_its_remedy(tmp_path: Path) -> None:
     lock.touch()
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        done = doctor(
-            "--folder", tmp_path, "--port", str(port),
-            env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "GLOO_SOCKET_IFNAME": "wlan7"},
+        done = run_forked(
+            [DOCTOR, "--folder", tmp_path, "--port", str(port)],
+            {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "GLOO_SOCKET_IFNAME": "wlan7"},
         )  # fmt: skip
     assert done.code == 1
     text = " ".join(done.output.split())

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from launch.errors import UserError
 from launch.paths import ROOT
 from scripts import reshape as command
-from tests.cli.commands import Ended, run, train_forked, write_recipe
+from tests.cli.commands import Ended, run_forked, train_forked, write_recipe
 from tests.resume.layouts import same, whole_state
 from tests.resume.runs import steps_logged
 
@@ -19,7 +18,7 @@ PIPELINE = ("parallel.pipeline=2", "parallel.tensor=2", "deepspeed.config=ds_con
 
 
 def reshape(*arguments: str | Path) -> Ended:
-    return run([sys.executable, SCRIPT, *arguments])
+    return run_forked([SCRIPT, *arguments])
 
 
 @pytest.fixture(scope="module")
