@@ -190,10 +190,14 @@ def test_a_text_is_rejected(case: str, recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_is_not_installed_is_rejected(recipe: Path, tmp_path: Path) -> None:
-    # First on the path, so that it is not found even where it is installed.
-    (tmp_path / "wandb.py").write_text("raise ImportError('not installed')\n")
-    ended = train(recipe, "run.wandb=project", env={"PYTHONPATH": str(tmp_path)})
-    rejected(ended, "run.wandb", "pip install wandb")
+    _, entry, *words = train_command(recipe, "run.wandb=project")
+    without = tmp_path / "without_wandb.py"  # also where it is installed
+    without.write_text(
+        "import runpy, sys\n"
+        "sys.modules['wandb'] = None\n"
+        f"runpy.run_path({str(entry)!r}, run_name='__main__')\n"
+    )
+    rejected(run_forked([without, *words]), "run.wandb", "pip install wandb")
 
 
 @pytest.mark.parametrize(
