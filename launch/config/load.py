@@ -60,7 +60,7 @@ def read_values(path: str | Path, overrides: Sequence[str]) -> tuple[Path, DictC
             raise UserError(f"--set {override}: write key=value, for example train.steps=30")
     try:
         values.merge_with_dotlist(list(overrides))
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:  # the last: not a list's index
         raise UserError(f"{path} with {list(overrides)}: {error}") from None
     return path, values
 

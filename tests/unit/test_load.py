@@ -1,5 +1,6 @@
 """launch/config/load.py: what a recipe may say, and one helpful line for what it may not."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,15 @@ def test_a_missing_file_names_the_nearest_recipe() -> None:
         "--config: no recipe file recipes/gpt_tiny_zero22.yaml; did you mean "
     )
     assert "gpt_tiny_zero2" in message
+
+
+def test_an_item_of_a_list_is_overridden_and_one_that_is_none_is_told(good: Path) -> None:
+    betas = "deepspeed.optimizer.params.betas"
+    recipe = load_recipe(good, [f"{betas}=[0.9,0.99]", f"{betas}.1=0.95"])
+    assert recipe.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.95]
+    for wrong in (f"{betas}.x=1", f"{betas}.5=1", f"{betas}={{a: 1}}"):
+        with pytest.raises(UserError, match=re.escape(wrong)):
+            load_recipe(good, [f"{betas}=[0.9,0.99]", wrong])
 
 
 @pytest.mark.parametrize(
