@@ -1,6 +1,6 @@
 """For the fork server, which imports this last: what many tests' ranks would each make for themselves.
 
-A sixth of the processor time of a small run's first rank: imports, matplotlib's fonts, DeepSpeed's schemas.
+Imports, matplotlib's fonts, and what DeepSpeed's config classes build on first use.
 """
 
 import importlib

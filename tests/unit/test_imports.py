@@ -38,7 +38,6 @@ def imported(source: str) -> set[str]:
     return found
 
 
-# The files are looped over: a test each would take longer to report than to run.
 def test_imports_run_one_way() -> None:
     for file in FILES:
         name = str(file.relative_to(ROOT))
