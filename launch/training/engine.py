@@ -14,21 +14,8 @@ from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.deepspeed_patches.autocast import keep_tied_parameters_in_their_dtype
 from launch.deepspeed_patches.autotp import check_plan, expose_tp_plan
-from launch.deepspeed_patches.bf16_optimizer import (
-    add_gradients_without_a_copy,
-    leave_gradients_that_nobody_sums,
-)
-from launch.deepspeed_patches.host_overhead import (
-    ask_for_streams_by_device,
-    mark_no_ranges,
-    remember_parameters_of_modules,
-)
-from launch.deepspeed_patches.optimizer_step import (
-    gather_small_weights_at_once,
-    look_for_overflow_once,
-    take_norms_at_once,
-)
 from launch.deepspeed_patches.pipeline import sum_tied_gradients_where_they_are, use_schedule
+from launch.deepspeed_patches.speed import apply as speed
 from launch.deepspeed_patches.stage0 import (
     count_each_parameter_once,
     keep_grad_norm,
@@ -36,11 +23,6 @@ from launch.deepspeed_patches.stage0 import (
     undo_step_taken_at_construction,
 )
 from launch.deepspeed_patches.startup import import_muon_uncompiled, vendor_from_proc
-from launch.deepspeed_patches.zero_gradients import (
-    add_reduced_gradients_without_a_copy,
-    let_nccl_divide,
-    wait_for_reductions_on_the_gpu,
-)
 from launch.ds_json.view import optimizer_block, training_dtype, zero_stage
 from launch.runtime.process_group import RankInfo
 from launch.training.build_model import build_model, build_partitioned, build_pipeline
@@ -86,9 +68,7 @@ def build_engine(
     if not train.compile:
         keep_compiler_unloaded()
     keep_tied_parameters_in_their_dtype()
-    mark_no_ranges()
-    ask_for_streams_by_device()
-    let_nccl_divide()
+    speed.before_engine()
     with vendor_from_proc():
         engine: DeepSpeedEngine = deepspeed.initialize(
             model=model,
@@ -99,15 +79,8 @@ def build_engine(
             # A PipelineModule brings its own.
             mpu=topology if tp.size > 1 and not isinstance(model, GPTPipeline) else None,
         )[0]
-    remember_parameters_of_modules()
     undo_step_taken_at_construction(engine)
-    add_gradients_without_a_copy(engine)
-    leave_gradients_that_nobody_sums(engine)
-    add_reduced_gradients_without_a_copy(engine)
-    wait_for_reductions_on_the_gpu(engine)
-    take_norms_at_once(engine)
-    look_for_overflow_once(engine)
-    gather_small_weights_at_once(engine)
+    speed.on_engine(engine)
     mark_gradients(engine)
     if isinstance(engine, PipelineEngine):
         use_schedule(engine, recipe.parallel.schedule)

@@ -1,4 +1,4 @@
-"""Raw DeepSpeed shows what `launch/deepspeed_patches/bf16_optimizer.py` works around."""
+"""Raw DeepSpeed shows what `launch/deepspeed_patches/speed/bf16_optimizer.py` works around."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def two_steps(repair: bool) -> tuple[int, int, Any]:
     from torch import nn
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from launch.deepspeed_patches.bf16_optimizer import add_gradients_without_a_copy
+    from launch.deepspeed_patches.speed.bf16_optimizer import add_gradients_without_a_copy
 
     torch.manual_seed(0)
 
@@ -71,7 +71,7 @@ def two_steps(repair: bool) -> tuple[int, int, Any]:
 def test_each_gradient_is_copied_before_it_is_added() -> None:
     ((raw, zeroed, weights),) = run_ranks(two_steps, 1, False)
     ((left, still_zeroed, repaired_weights),) = run_ranks(two_steps, 1, True)
-    said = repaired("bf16_optimizer.add_gradients_without_a_copy")
+    said = repaired("speed/bf16_optimizer.add_gradients_without_a_copy")
     assert raw - left == 2 * (4 + 2), said
     assert zeroed == 2 * 2 and still_zeroed == 0, said
     assert repaired_weights == weights
@@ -82,7 +82,7 @@ def sums_before_the_step(repair: bool) -> list[float]:
     import torch
     from torch import nn
 
-    from launch.deepspeed_patches.bf16_optimizer import leave_gradients_that_nobody_sums
+    from launch.deepspeed_patches.speed.bf16_optimizer import leave_gradients_that_nobody_sums
 
     torch.manual_seed(0)
     engine = initialize(
@@ -111,6 +111,6 @@ def test_one_rank_rounds_its_gradients() -> None:
 
     (raw,) = run_ranks(sums_before_the_step, 1, False)
     (exact,) = run_ranks(sums_before_the_step, 1, True)
-    said = repaired("bf16_optimizer.leave_gradients_that_nobody_sums")
+    said = repaired("speed/bf16_optimizer.leave_gradients_that_nobody_sums")
     assert torch.tensor(exact).bfloat16().tolist() == raw, said
     assert exact != raw, said

@@ -11,7 +11,7 @@ from launch.paths import ROOT
 
 PACKAGE = ROOT / "launch" / "deepspeed_patches"
 PROOFS = Path(__file__).parent
-NO_WORKAROUNDS = ("__init__", "versions")
+NO_WORKAROUNDS = ("__init__", "versions", "apply")
 PARTS = ("Defect", "Versions", "Workaround", "Proof")
 
 
@@ -32,8 +32,8 @@ def said(docstring: str) -> dict[str, str]:
 
 
 WORKAROUNDS = {
-    f"{file.stem}.{name}": ast.get_docstring(node) or ""
-    for file in sorted(PACKAGE.glob("*.py"))
+    f"{file.relative_to(PACKAGE).with_suffix('').as_posix()}.{name}": ast.get_docstring(node) or ""
+    for file in sorted(PACKAGE.rglob("*.py"))
     if file.stem not in NO_WORKAROUNDS
     for name, node in functions(file).items()
 }

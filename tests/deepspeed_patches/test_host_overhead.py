@@ -1,4 +1,4 @@
-"""Raw DeepSpeed shows what `launch/deepspeed_patches/host_overhead.py` works around."""
+"""Raw DeepSpeed shows what `launch/deepspeed_patches/speed/host_overhead.py` works around."""
 
 from unittest import mock
 
@@ -13,7 +13,7 @@ def ranges_of_a_call(repair: bool, profiler: bool) -> int:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import instrument_w_nvtx
 
-    from launch.deepspeed_patches.host_overhead import mark_no_ranges
+    from launch.deepspeed_patches.speed.host_overhead import mark_no_ranges
 
     if profiler:
         os.environ["NSYS_PROFILING_SESSION_ID"] = "1"
@@ -26,7 +26,7 @@ def ranges_of_a_call(repair: bool, profiler: bool) -> int:
 
 def test_ranges_are_marked_without_a_profiler() -> None:
     raw = run_ranks(ranges_of_a_call, 1, False, False)
-    assert raw == [1], repaired("host_overhead.mark_no_ranges")
+    assert raw == [1], repaired("speed/host_overhead.mark_no_ranges")
     assert run_ranks(ranges_of_a_call, 1, True, False) == [0]
     assert run_ranks(ranges_of_a_call, 1, True, True) == [1]
 
@@ -37,7 +37,7 @@ def devices_asked_for(repair: bool) -> list[int | None]:
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-    from launch.deepspeed_patches import host_overhead
+    from launch.deepspeed_patches.speed import host_overhead
 
     accelerator = CUDA_Accelerator()
     set_accelerator(accelerator)
@@ -54,7 +54,7 @@ def devices_asked_for(repair: bool) -> list[int | None]:
 
 def test_streams_are_asked_for_without_a_device() -> None:
     raw = run_ranks(devices_asked_for, 1, False)
-    assert raw == [[None]], repaired("host_overhead.ask_for_streams_by_device")
+    assert raw == [[None]], repaired("speed/host_overhead.ask_for_streams_by_device")
     assert run_ranks(devices_asked_for, 1, True) == [[3]]
 
 
@@ -67,7 +67,7 @@ def walks_through_a_module(repair: bool) -> tuple[int, list[int]]:
     from deepspeed.runtime.zero import parameter_offload
     from torch import nn
 
-    from launch.deepspeed_patches.host_overhead import remember_parameters_of_modules
+    from launch.deepspeed_patches.speed.host_overhead import remember_parameters_of_modules
 
     if repair:
         remember_parameters_of_modules()
@@ -88,5 +88,5 @@ def walks_through_a_module(repair: bool) -> tuple[int, list[int]]:
 
 def test_parameters_are_walked_through_again() -> None:
     raw = run_ranks(walks_through_a_module, 1, False)
-    assert raw == [(2, [2, 3])], repaired("host_overhead.remember_parameters_of_modules")
+    assert raw == [(2, [2, 3])], repaired("speed/host_overhead.remember_parameters_of_modules")
     assert run_ranks(walks_through_a_module, 1, True) == [(1, [2, 3])]

@@ -1,4 +1,4 @@
-"""Raw DeepSpeed shows what `launch/deepspeed_patches/optimizer_step.py` works around."""
+"""Raw DeepSpeed shows what `launch/deepspeed_patches/speed/optimizer_step.py` works around."""
 
 from collections import Counter
 from typing import Any
@@ -18,7 +18,7 @@ def a_step(workaround: str | None, stage: int, overflow: bool = False) -> tuple[
     from torch import nn
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from launch.deepspeed_patches import optimizer_step
+    from launch.deepspeed_patches.speed import optimizer_step
 
     torch.manual_seed(0)
     engine = initialize(
@@ -55,7 +55,7 @@ def a_step(workaround: str | None, stage: int, overflow: bool = False) -> tuple[
 def test_norms_are_taken_one_by_one(stage: int) -> None:
     raw = run_ranks(a_step, 2, None, stage)
     once = run_ranks(a_step, 2, "take_norms_at_once", stage)
-    said = repaired("optimizer_step.take_norms_at_once")
+    said = repaired("speed/optimizer_step.take_norms_at_once")
     for (asked, norm, weights), (asked_now, norm_now, weights_now) in zip(raw, once, strict=True):
         assert asked["linalg_vector_norm"] > 3, said
         assert asked_now["_foreach_norm"] == 1, said
@@ -73,7 +73,7 @@ def test_overflow_is_looked_for_twice() -> None:
         raw = run_ranks(a_step, 1, None, 2, overflow)
         once = run_ranks(a_step, 1, "look_for_overflow_once", 2, overflow)
         (asked, norm, weights), (asked_now, norm_now, weights_now) = raw[0], once[0]
-        said = repaired("optimizer_step.look_for_overflow_once")
+        said = repaired("speed/optimizer_step.look_for_overflow_once")
         assert sum(asked.values()) > sum(asked_now.values()), said
         assert (norm, weights) == (norm_now, weights_now)
 
@@ -86,7 +86,7 @@ def messages_after_a_step(repair: bool) -> tuple[int, Any]:
     import torch
     from torch import nn
 
-    from launch.deepspeed_patches.optimizer_step import gather_small_weights_at_once
+    from launch.deepspeed_patches.speed.optimizer_step import gather_small_weights_at_once
 
     torch.manual_seed(0)
     engine = initialize(
@@ -111,7 +111,7 @@ def messages_after_a_step(repair: bool) -> tuple[int, Any]:
 def test_small_weights_are_gathered_one_by_one() -> None:
     raw = run_ranks(messages_after_a_step, 2, False)
     once = run_ranks(messages_after_a_step, 2, True)
-    said = repaired("optimizer_step.gather_small_weights_at_once")
+    said = repaired("speed/optimizer_step.gather_small_weights_at_once")
     for (messages, weights), (messages_now, weights_now) in zip(raw, once, strict=True):
         assert messages == 6 and messages_now == 1, said
         assert weights_now == weights

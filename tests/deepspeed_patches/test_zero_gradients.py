@@ -1,4 +1,4 @@
-"""Raw DeepSpeed shows what `launch/deepspeed_patches/zero_gradients.py` works around."""
+"""Raw DeepSpeed shows what `launch/deepspeed_patches/speed/zero_gradients.py` works around."""
 
 from typing import Any
 from unittest import mock
@@ -15,7 +15,7 @@ def two_micro_batches(stage: int, repair: bool) -> tuple[int, Any]:
     from torch import nn
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from launch.deepspeed_patches.zero_gradients import add_reduced_gradients_without_a_copy
+    from launch.deepspeed_patches.speed.zero_gradients import add_reduced_gradients_without_a_copy
 
     torch.manual_seed(0)
     engine = initialize(
@@ -54,7 +54,7 @@ def two_micro_batches(stage: int, repair: bool) -> tuple[int, Any]:
 def test_each_reduced_gradient_is_copied_before_it_is_added(stage: int) -> None:
     ((raw, weights),) = run_ranks(two_micro_batches, 1, stage, False)
     ((left, repaired_weights),) = run_ranks(two_micro_batches, 1, stage, True)
-    said = repaired("zero_gradients.add_reduced_gradients_without_a_copy")
+    said = repaired("speed/zero_gradients.add_reduced_gradients_without_a_copy")
     assert raw - left == 2 * 4, said
     assert repaired_weights == weights
 
@@ -63,7 +63,7 @@ def waits_of_an_epilogue(repair: bool) -> tuple[bool, int]:
     """Whether the host waits for the stream at a backward pass's end, and how often a stream does."""
     from deepspeed.runtime.zero import stage3
 
-    from launch.deepspeed_patches import zero_gradients
+    from launch.deepspeed_patches.speed import zero_gradients
 
     class Stream:
         waited = False
@@ -96,7 +96,7 @@ def waits_of_an_epilogue(repair: bool) -> tuple[bool, int]:
 
 def test_host_waits_for_reductions() -> None:
     raw = run_ranks(waits_of_an_epilogue, 1, False)
-    assert raw == [(True, 0)], repaired("zero_gradients.wait_for_reductions_on_the_gpu")
+    assert raw == [(True, 0)], repaired("speed/zero_gradients.wait_for_reductions_on_the_gpu")
     assert run_ranks(waits_of_an_epilogue, 1, True) == [(False, 1)]
 
 
@@ -110,7 +110,7 @@ def parts_of_a_mean(repair: bool) -> tuple[int, Any]:
     from deepspeed.runtime.zero import stage3
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from launch.deepspeed_patches import zero_gradients
+    from launch.deepspeed_patches.speed import zero_gradients
     from tests.deepspeed_patches.raw import start
 
     start()
@@ -146,7 +146,7 @@ def parts_of_a_mean(repair: bool) -> tuple[int, Any]:
 def test_buckets_are_divided_before_they_are_sent() -> None:
     raw = run_ranks(parts_of_a_mean, 2, False)
     nccl = run_ranks(parts_of_a_mean, 2, True)
-    said = repaired("zero_gradients.let_nccl_divide")
+    said = repaired("speed/zero_gradients.let_nccl_divide")
     assert [divisions for divisions, _ in raw] == [1, 1], said
     assert [divisions for divisions, _ in nccl] == [0, 0], said
     assert [parts for _, parts in nccl] == [parts for _, parts in raw]
