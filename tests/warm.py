@@ -1,11 +1,13 @@
 """For the fork server, which imports this last: what many tests' ranks would each make for themselves.
 
-Imports, matplotlib's fonts, and what DeepSpeed's config classes build on first use.
+Imports, matplotlib's fonts, what DeepSpeed's config classes build on first use, and what it asks a process
+of its own about the CPU.
 """
 
 import importlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
@@ -30,3 +32,7 @@ resolve(_recipe, plan_layout(_recipe, 1))
 with TemporaryDirectory() as _folder:  # matplotlib finds its fonts
     _records = [{"step": s, "tokens": s, "loss": 1.0, "validation_loss": 1.0} for s in (1, 2)]
     draw_loss(_records, Path(_folder, "loss.png"), "warm")
+
+_cpuinfo: Any = importlib.import_module("cpuinfo")
+_cpu = _cpuinfo.get_cpu_info()
+_cpuinfo.get_cpu_info = lambda: dict(_cpu)

@@ -4,15 +4,25 @@ ZeRO-3 has no persistent parameters here (`SMALL_PARTS` of launch/certify/compos
 is gathered and released.
 """
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
+from torch import nn
 
 from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.paths import ROOT
+from models.parallel.grid import Grid
+from models.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from models.parallel.topology import Topology
 from tests.parity.cases import FAMILIES, Case, Workbench, hundred_steps
 from tests.parity.kinds import PP2, TP2
+from tests.ranks import run_ranks
 from tests.selection import representatives
+from tests.unit.tp_cases import start
 
 COMPILE = "train.compile=true"
 CASES = [
@@ -34,11 +44,50 @@ CASES = [
 
 
 def kinds(case: Case) -> set[str]:
-    """Compiling takes most of the time: `make test` has a block with collectives here.
+    """None: compiling takes minutes of CPU time. `make test` has a pair of tensor-parallel layers below.
 
-    One with ZeRO-3's hooks is in the core of the certificate.
+    A whole model with ZeRO-3's hooks is in the core of the certificate.
     """
-    return {TP2} & set(case.overrides)
+    return set()
+
+
+def layers_of_two_ranks(compiled: bool) -> list[torch.Tensor]:
+    """A tensor-parallel MLP in bf16: its output, and the gradients of its input and its weights."""
+    from launch.training.compile import compile_engine
+
+    start()
+    grid = Grid(tensor=2)
+    group = Topology(grid, 1).tensor_parallel().group
+    model = nn.Sequential(
+        ColumnParallelLinear(16, [64], group=group),
+        nn.GELU(),
+        RowParallelLinear(64, 16, group=group),
+    ).bfloat16()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    engine: Any = SimpleNamespace(
+        module=model,
+        zero_optimization_stage=lambda: 1,
+        compile=lambda compile_kwargs: model.compile(**compile_kwargs),
+    )
+    if compiled:
+        compile_engine(engine, grid)
+    x = torch.randn(2, 8, 16, dtype=torch.bfloat16, requires_grad=True)
+    y = model(x)
+    y.float().square().sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in model.parameters())]
+    return [tensor.float() for tensor in (y.detach(), *gradients) if tensor is not None]
+
+
+def test_compiled_tensor_parallel_layers_equal_uncompiled_ones() -> None:
+    """The collectives that the compiler sees are the ones that it leaves out of a graph otherwise."""
+    eager, compiled = (run_ranks(layers_of_two_ranks, 2, flag) for flag in (False, True))
+    for expected, found in zip(eager, compiled, strict=True):
+        assert len(expected) == len(found) == 6
+        for one, other in zip(expected, found, strict=True):
+            assert one.norm() > 0
+            assert (one - other).norm() <= 1e-2 * one.norm()
 
 
 @pytest.mark.parametrize(
