@@ -147,21 +147,10 @@ fi
 
 # pip would compile on one core. A file that some package has for another Python may fail, and Python
 # compiles what is left out here when it is first imported.
+.venv/bin/pip install --quiet --disable-pip-version-check --no-compile "${files[@]/#/--requirement=}"
 seldom="tests|pip|setuptools|networkx|fontTools|mypyc?|pygments/lexers|sympy/(physics|stats|parsing)"
 seldom+="|torch/(testing|onnx)|transformers/(models|exporters|pipelines)|huggingface_hub/(cli|inference)"
-compile() {
-    .venv/bin/python -m compileall -q -j 0 "$1" -x "/($seldom|numpy/(distutils|f2py))/" >/dev/null || true
-}
-pip_install() {
-    .venv/bin/pip install --quiet --disable-pip-version-check --no-compile "$@"
-}
-
-# pip takes one core, so that the other one can compile torch, a third of all, while pip installs the rest.
-pip_install "$(grep -o '^torch==[^ ]*' requirements.txt)"
-compile .venv/lib/python*/site-packages/torch &
-compiling=$!
-pip_install "${files[@]/#/--requirement=}" || { wait "$compiling"; exit 1; }
-wait "$compiling"
-compile .venv/lib
+.venv/bin/python -m compileall -q -j 0 .venv/lib -x "/($seldom|numpy/(distutils|f2py))/" \
+    >/dev/null || true
 echo "$wanted" >"$stamp"
 echo "setup: done"

@@ -26,9 +26,11 @@ def take_norms_at_once(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
     if isinstance(optimizer, BF16_Optimizer):
         found = optimizer.get_grads_for_norm
+        if optimizer._uses_muon:  # reads whole matrices, of which a rank may own a part
+            return
 
         def gradients_for_norm(for_clipping: bool = False) -> Any:
-            if for_clipping:  # whole buffers, of which the step uses no more
+            if for_clipping:  # all that the step reads
                 return optimizer.fp32_groups_gradient_flat_partition
             gradients, of_experts = found()
             return _norms(gradients, torch.float32), of_experts
@@ -51,7 +53,7 @@ def take_norms_at_once(engine: DeepSpeedEngine) -> None:
         )
         counted = [
             (gradient, parameter)
-            for gradient, parameter in zip(real, parameters, strict=True)
+            for gradient, parameter in zip(real, parameters, strict=False)  # padding may follow
             if (first or is_model_parallel_parameter(parameter))
             and not getattr(parameter, "ds_pipe_replicated", False)
         ]
