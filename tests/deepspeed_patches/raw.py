@@ -47,6 +47,16 @@ def initialize(model: Any, config: dict[str, Any], **settings: Any) -> Any:
     )[0]
 
 
+def weights_of(engine: Any) -> list[list[float]]:
+    """This rank's fp32 weights, as its optimizer holds them, ZeRO-3's or another one."""
+    optimizer = engine.optimizer
+    found = getattr(optimizer, "fp32_partitioned_groups_flat", None) or [
+        weights for group in optimizer.optimizer.param_groups for weights in group["params"]
+    ]
+    assert all(weights.numel() for weights in found)
+    return [weights.tolist() for weights in found]
+
+
 class TwoShards:
     """An `mpu` for models cut in two: ranks 0 and 1 hold the first, 2 and 3 the second, and so on."""
 

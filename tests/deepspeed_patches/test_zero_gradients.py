@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 
-from tests.deepspeed_patches.raw import initialize, repaired
+from tests.deepspeed_patches.raw import initialize, repaired, weights_of
 from tests.ranks import run_ranks
 
 
@@ -46,8 +46,7 @@ def two_steps(stage: int, repair: bool) -> tuple[int, Any]:
         with count():
             engine.backward(loss)
         engine.step()
-    groups = engine.optimizer.optimizer.param_groups
-    return widened, [weights.tolist() for group in groups for weights in group["params"]]
+    return widened, weights_of(engine)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
