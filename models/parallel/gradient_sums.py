@@ -15,7 +15,7 @@ def accumulate(total: Tensor, gradient: Tensor, first: bool = False) -> None:
     bandwidth. Ours gives the same bits.
 
     Args:
-        total: fp32, contiguous.
+        total: contiguous, in fp32 or what sums are kept in.
         gradient: as many elements, in any dtype.
         first: overwrite what `total` holds.
     """

@@ -4,6 +4,8 @@ Nothing here or in the proofs uses `launch/` or `models/`: what they show is Dee
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 ADAMW: dict[str, Any] = {
@@ -45,6 +47,34 @@ def initialize(model: Any, config: dict[str, Any], **settings: Any) -> Any:
     return deepspeed.initialize(
         model=model, model_parameters=parameters, config=defaults | config, **settings
     )[0]
+
+
+@contextmanager
+def operations() -> Iterator[list[tuple[str, Any, dict[str, Any]]]]:
+    """What torch is asked for in this block: an operation's name, its arguments and its settings."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    asked: list[tuple[str, Any, dict[str, Any]]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: Any = (), settings: Any = None
+        ) -> Any:
+            asked.append((function.name().split("::")[1].split(".")[0], arguments, settings or {}))
+            return function(*arguments, **(settings or {}))
+
+    record: Any = Record
+    with record():
+        yield asked
+
+
+def copies_to_fp32(asked: list[tuple[str, Any, dict[str, Any]]]) -> int:
+    """How many of the operations copy a tensor to fp32."""
+    import torch
+
+    return sum(
+        name == "_to_copy" and settings.get("dtype") == torch.float32 for name, _, settings in asked
+    )
 
 
 def weights_of(engine: Any) -> list[list[float]]:

@@ -2,18 +2,27 @@
 
 from typing import Any
 
-from tests.deepspeed_patches.raw import initialize, repaired
+import pytest
+
+from tests.deepspeed_patches.raw import copies_to_fp32, initialize, operations, repaired
 from tests.ranks import run_ranks
+
+TWO_MICRO_BATCHES: dict[str, Any] = {
+    "bf16": {"enabled": True, "immediate_grad_update": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {"stage": 1},
+    "gradient_accumulation_steps": 2,
+}
 
 
 def two_steps(repair: bool) -> tuple[int, int, Any]:
     """How many gradients are copied to fp32, and sums set to zero; and the weights after two steps.
 
-    A step has two micro batches. In the second step, one layer is not used.
+    A step has two micro batches. In the second step, the last rank does not use the layer that it updates.
     """
     import torch
+    import torch.distributed as dist
     from torch import nn
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     from launch.deepspeed_patches.speed.bf16_optimizer import add_gradients_without_a_copy
 
@@ -29,52 +38,35 @@ def two_steps(repair: bool) -> tuple[int, int, Any]:
             loss: torch.Tensor = (self.at_first(hidden) if both else hidden).square().sum()
             return loss
 
-    engine = initialize(
-        Layers(),
-        {
-            "bf16": {"enabled": True, "immediate_grad_update": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_optimization": {"stage": 1},
-            "gradient_accumulation_steps": 2,
-        },
-    )
+    engine = initialize(Layers(), TWO_MICRO_BATCHES)
     if repair:
         add_gradients_without_a_copy(engine)
-    widened = zeroed = 0
     flat = {group.data_ptr() for group in engine.optimizer.fp32_groups_gradients_flat}
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, function: Any, types: Any, arguments: Any = (), settings: Any = None
-        ) -> Any:
-            nonlocal widened, zeroed
-            copy = function is torch.ops.aten._to_copy.default
-            widened += copy and settings.get("dtype") == torch.float32
-            zeroed += function is torch.ops.aten.zero_.default and arguments[0].data_ptr() in flat
-            return function(*arguments, **(settings or {}))
-
-    count: Any = Count
+    widened = zeroed = 0
     for micro_batch in range(4):
-        loss = engine(torch.randn(1, 4, dtype=torch.bfloat16), micro_batch < 2)
-        with count():
+        both = micro_batch < 2 or dist.get_rank() < dist.get_world_size() - 1
+        loss = engine(torch.randn(1, 4, dtype=torch.bfloat16), both)
+        with operations() as backward_pass:
             engine.backward(loss)
-            if micro_batch % 2:
-                before = widened
-                engine.step()
-                widened = before
-            else:
-                engine.step()
+        with operations() as step:
+            engine.step()
+        widened += copies_to_fp32(backward_pass)
+        zeroed += sum(
+            name == "zero_" and tensors[0].data_ptr() in flat for name, tensors, _ in step
+        )
     groups = engine.optimizer.fp32_groups_flat_partition
     return widened, zeroed, [group.tolist() for group in groups]
 
 
-def test_each_gradient_is_copied_before_it_is_added() -> None:
-    ((raw, zeroed, weights),) = run_ranks(two_steps, 1, False)
-    ((left, still_zeroed, repaired_weights),) = run_ranks(two_steps, 1, True)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_gradient_is_copied_before_it_is_added(ranks: int) -> None:
+    raw = run_ranks(two_steps, ranks, False)
+    repaired_ranks = run_ranks(two_steps, ranks, True)
     said = repaired("speed/bf16_optimizer.add_gradients_without_a_copy")
-    assert raw - left == 2 * (4 + 2), said
-    assert zeroed == 2 * 2 and still_zeroed == 0, said
-    assert repaired_weights == weights
+    for rank, (before, after) in enumerate(zip(raw, repaired_ranks, strict=True)):
+        assert before[0] - after[0] == 2 * (4 + (4 if rank < ranks - 1 else 2)), said
+        assert before[1] == 2 * 2 and after[1] == 0, said
+        assert after[2] == before[2]
 
 
 def sums_before_the_step(repair: bool) -> list[float]:
@@ -85,15 +77,7 @@ def sums_before_the_step(repair: bool) -> list[float]:
     from launch.deepspeed_patches.speed.bf16_optimizer import leave_gradients_that_nobody_sums
 
     torch.manual_seed(0)
-    engine = initialize(
-        nn.Linear(4, 4, bias=False),
-        {
-            "bf16": {"enabled": True, "immediate_grad_update": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_optimization": {"stage": 1},
-            "gradient_accumulation_steps": 2,
-        },
-    )
+    engine = initialize(nn.Linear(4, 4, bias=False), TWO_MICRO_BATCHES)
     if repair:
         leave_gradients_that_nobody_sums(engine)
     for _ in range(2):

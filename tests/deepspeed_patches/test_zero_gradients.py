@@ -5,7 +5,14 @@ from unittest import mock
 
 import pytest
 
-from tests.deepspeed_patches.raw import initialize, repaired, weights_of
+from tests.deepspeed_patches.raw import (
+    copies_to_fp32,
+    initialize,
+    operations,
+    repaired,
+    start,
+    weights_of,
+)
 from tests.ranks import run_ranks
 
 
@@ -13,7 +20,6 @@ def two_steps(stage: int, repair: bool) -> tuple[int, Any]:
     """How many gradients are copied to fp32 in four backward passes, and the weights after two steps."""
     import torch
     from torch import nn
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     from launch.deepspeed_patches.speed.zero_gradients import add_reduced_gradients_without_a_copy
 
@@ -30,22 +36,12 @@ def two_steps(stage: int, repair: bool) -> tuple[int, Any]:
     if repair:
         add_reduced_gradients_without_a_copy(engine)
     widened = 0
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, function: Any, types: Any, arguments: Any = (), settings: Any = None
-        ) -> Any:
-            nonlocal widened
-            copy = function is torch.ops.aten._to_copy.default
-            widened += copy and settings.get("dtype") == torch.float32
-            return function(*arguments, **(settings or {}))
-
     for _ in range(4):
         loss = engine(torch.randn(1, 4, dtype=torch.bfloat16)).square().sum()
-        count: Any = Count
-        with count():
+        with operations() as asked:
             engine.backward(loss)
         engine.step()
+        widened += copies_to_fp32(asked)
     return widened, weights_of(engine)
 
 
@@ -107,13 +103,11 @@ def parts_of_a_mean(repair: bool) -> tuple[int, Any]:
     import torch
     import torch.distributed as dist
     from deepspeed.runtime.zero import stage3
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     from launch.deepspeed_patches.speed import zero_gradients
-    from tests.deepspeed_patches.raw import start
 
     start()
-    send, divisions = dist.reduce_scatter_tensor, 0
+    send = dist.reduce_scatter_tensor
 
     def scatter(output: torch.Tensor, whole: torch.Tensor, **settings: Any) -> Any:
         mean = settings.get("op") == dist.ReduceOp.AVG
@@ -124,22 +118,13 @@ def parts_of_a_mean(repair: bool) -> tuple[int, Any]:
             output.copy_(output / dist.get_world_size())
         return handle
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, function: Any, types: Any, arguments: Any = (), settings: Any = None
-        ) -> Any:
-            nonlocal divisions
-            divisions += function.name().startswith("aten::div_")
-            return function(*arguments, **(settings or {}))
-
     tensors = [torch.arange(5.0) * (dist.get_rank() + 1), torch.ones(2, 2) * 4]
     if repair:
         with mock.patch.object(dist, "get_backend", return_value="nccl"):
             zero_gradients.let_nccl_divide()
-    count: Any = Count
-    with mock.patch.object(dist, "reduce_scatter_tensor", scatter), count():
+    with mock.patch.object(dist, "reduce_scatter_tensor", scatter), operations() as asked:
         parts = stage3.reduce_scatter_coalesced(tensors, None)
-    return divisions, [part.tolist() for part in parts]
+    return sum(name == "div_" for name, _, _ in asked), [part.tolist() for part in parts]
 
 
 def test_buckets_are_divided_before_they_are_sent() -> None:

@@ -26,6 +26,7 @@ def add_gradients_without_a_copy(engine: DeepSpeedEngine) -> None:
     if not isinstance(optimizer, BF16_Optimizer):
         return
     has_gradient = optimizer.fp32_groups_has_gradients
+    complete = False
 
     def add(parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
         if parameter.grad is None:
@@ -38,23 +39,34 @@ def add_gradients_without_a_copy(engine: DeepSpeedEngine) -> None:
             parameter.grad.zero_()
 
     def forget() -> None:
+        nonlocal complete
+        complete = False
         for group in has_gradient:
             group[:] = [False] * len(group)
 
-    def with_zeros(function: Any) -> Any:
+    def complete_sums() -> None:
+        # Once a step: a weight without a gradient here may get another rank's when they are reduced.
+        nonlocal complete
+        if complete:
+            return
+        complete = True
+        for has, totals in zip(has_gradient, optimizer.fp32_groups_gradients, strict=True):
+            for there, total in zip(has, totals, strict=True):
+                if not there:
+                    total.zero_()
+
+    def with_complete_sums(function: Any) -> Any:
         @wraps(function)
         def use(*arguments: Any, **settings: Any) -> Any:
-            for has, totals in zip(has_gradient, optimizer.fp32_groups_gradients, strict=True):
-                for total in (total for there, total in zip(has, totals, strict=True) if not there):
-                    total.zero_()
+            complete_sums()
             return function(*arguments, **settings)
 
         return torch.no_grad()(use)
 
     optimizer._update_hp_grad = torch.no_grad()(add)
     optimizer.clear_hp_grads = forget
-    optimizer.get_grads_for_reduction = with_zeros(optimizer.get_grads_for_reduction)
-    optimizer.step = with_zeros(optimizer.step)
+    optimizer.get_grads_for_reduction = with_complete_sums(optimizer.get_grads_for_reduction)
+    optimizer.step = with_complete_sums(optimizer.step)
 
 
 def leave_gradients_that_nobody_sums(engine: DeepSpeedEngine) -> None:

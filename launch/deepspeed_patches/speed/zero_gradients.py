@@ -18,7 +18,7 @@ from models.parallel.gradient_sums import accumulate
 def add_reduced_gradients_without_a_copy(engine: DeepSpeedEngine) -> None:
     """Add a reduced 16-bit gradient to its fp32 sum in one pass, with ZeRO-1, 2 and 3.
 
-    Does nothing where the optimizer is on the CPU, or sums have the gradients' dtype.
+    Does nothing where the optimizer is on the CPU.
 
     Defect: DeepSpeed copies a reduced gradient to fp32 and adds the copy: 22 bytes of memory traffic for
         each weight where 10 do. These kernels run beside the backward pass and take bandwidth from it.
