@@ -21,7 +21,6 @@ from models.parallel.topology import Topology
 from tests.parity.cases import FAMILIES, Case, Workbench, hundred_steps
 from tests.parity.kinds import PP2, TP2
 from tests.ranks import run_ranks
-from tests.selection import representatives
 from tests.unit.tp_cases import start
 
 COMPILE = "train.compile=true"
@@ -41,14 +40,6 @@ CASES = [
     Case("zero3", 4, "fp32", overrides=("parallel.tensor=4", COMPILE)),
     Case("zero1", 4, "bf16", micro_batch=2, overrides=(TP2, PP2, COMPILE)),
 ]  # fmt: skip
-
-
-def kinds(case: Case) -> set[str]:
-    """None: compiling takes minutes of CPU time. `make test` has a pair of tensor-parallel layers below.
-
-    A whole model with ZeRO-3's hooks is in the core of the certificate.
-    """
-    return set()
 
 
 def layers_of_two_ranks(compiled: bool) -> list[torch.Tensor]:
@@ -81,7 +72,7 @@ def layers_of_two_ranks(compiled: bool) -> list[torch.Tensor]:
 
 
 def test_compiled_tensor_parallel_layers_equal_uncompiled_ones() -> None:
-    """The collectives that the compiler sees are the ones that it leaves out of a graph otherwise."""
+    """Compiled layers call functional collectives, the others `torch.distributed`."""
     eager, compiled = (run_ranks(layers_of_two_ranks, 2, flag) for flag in (False, True))
     for expected, found in zip(eager, compiled, strict=True):
         assert len(expected) == len(found) == 6
@@ -90,11 +81,10 @@ def test_compiled_tensor_parallel_layers_equal_uncompiled_ones() -> None:
             assert (one - other).norm() <= 1e-2 * one.norm()
 
 
-@pytest.mark.parametrize(
-    "case",
-    representatives(CASES, kinds, lambda case: case.ranks + 2 * case.checkpoint_activations),
-    ids=lambda case: case.name,
-)
+# Compiling a model takes minutes of CPU time. `make test` has the layers above, and a model with ZeRO-3's
+# hooks in the core of the certificate.
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_one_device(case: Case, bench: Workbench) -> None:
     differences = bench.compare(case)
     assert not [d for d in differences if d.past]
