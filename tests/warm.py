@@ -13,6 +13,7 @@ from launch.config.layout import plan_layout
 from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.paths import ROOT
+from launch.runtime.process_group import schedule_as_batch
 from launch.training.metrics import draw_loss
 
 for name in (
@@ -26,6 +27,8 @@ for name in (
     "torch.utils.serialization.config",
 ):  # fmt: skip
     importlib.import_module(name)
+
+schedule_as_batch()  # and so for each rank
 
 _recipe = load_recipe(ROOT / "recipes/gpt_tiny_zero2.yaml")
 resolve(_recipe, plan_layout(_recipe, 1))

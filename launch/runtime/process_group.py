@@ -1,5 +1,6 @@
 """Set up the process group in the same way under every launcher, and without one."""
 
+import contextlib
 import os
 import sys
 import warnings
@@ -56,6 +57,19 @@ def threads_per_rank(ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
+def schedule_as_batch() -> None:
+    """Let no thread of this process take a core from another when it wakes up (Linux's SCHED_BATCH).
+
+    gloo's network thread wakes up when data is there, takes the core from the thread that holds its lock, and
+    asks for the lock again and again. With two ranks on two cores, an all-reduce took 2.4 times the CPU time
+    and 2.9 times as long. Threads inherit the policy, so call this before gloo starts. Does nothing where
+    another policy has been chosen.
+    """
+    with contextlib.suppress(OSError):  # a sandbox that has no such call
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def init_process_group() -> RankInfo:
     """Join the process group: NCCL if this rank has a GPU, otherwise gloo.
 
@@ -84,6 +98,8 @@ def init_process_group() -> RankInfo:
         # srun and others may show each rank its own GPU alone.
         device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
+    else:
+        schedule_as_batch()
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
