@@ -31,6 +31,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+# torch.compile asks the CPU which vector instructions it has; that each of them compiles and loads need not
+# be tried by each rank, in a process that imports torch.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 use_private_cache()
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have their controller's

@@ -13,7 +13,7 @@ from launch.config.resolve import merge
 from tests.resume.runs import values
 
 FP32: dict[str, Any] = {"bf16": {"enabled": False}}
-BEFORE, AFTER = 3, 10  # steps before the save, and after it
+BEFORE, AFTER = 3, 5  # steps before the save, and after it
 State = dict[tuple[str, str], Tensor]  # by parameter and kind, whole
 
 

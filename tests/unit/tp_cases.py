@@ -80,13 +80,17 @@ def gradients_apart(module: nn.Module, reference: nn.Module) -> Distances:
     """Every parameter's gradient, merged; and how far those that are not cut differ over the ranks."""
     found: Distances = {}
     whole = dict(reference.named_parameters())
-    for name, parameter in module.named_parameters():
+    named = dict(module.named_parameters())
+    # A fault may have cut a gradient off.
+    owns = [torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()]
+    sizes = [own.numel() for own in owns]
+    ranks = of_all_ranks(torch.cat([own.flatten() for own in owns]))  # one message, not one each
+    pieces = zip(*(rank.split(sizes) for rank in ranks), strict=True)
+    for (name, parameter), own, flat in zip(named.items(), owns, pieces, strict=True):
         expected = whole.pop(name).grad
         assert expected is not None
-        # A fault may have cut it off.
-        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         shard: Shard | None = getattr(parameter, "shard", None)
-        gathered = of_all_ranks(own)
+        gathered = [piece.view_as(own) for piece in flat]
         found[name] = apart(shard.merge(gathered) if shard else own, expected)
         if not shard:
             found[f"copies of {name}"] = max(apart(copy, gathered[0]) for copy in gathered)
