@@ -11,6 +11,8 @@ In every layout, checkpoints, weights files and parity tables use these paramete
 canonical names). Matrices follow torch: `[out, in]`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,19 @@ from models.parallel.tensor_parallel import (
     VocabParallelEmbedding,
 )
 from models.parallel.topology import ONE_RANK, TensorParallel
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU, `x / 2 (1 + tanh(u))` with u = sqrt(2 / pi) (x + 0.044715 x^3); any shape.
+
+    Source: arXiv:1606.08415, section 2. Compiled code computes the same as `x sigmoid(2u)`: a GPU has an
+    instruction for exp, and takes many for tanh.
+    """
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    wide = x.float()
+    u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    return (wide * torch.sigmoid(2 * u)).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -56,7 +71,7 @@ class MLP(nn.Module):
             gate, up = x.chunk(2, dim=-1)
             x = F.silu(gate) * up
         else:
-            x = F.gelu(x, approximate="tanh")  # GPT-2's form
+            x = gelu(x)
         down: Tensor = self.down(x)
         return down
 
