@@ -18,8 +18,11 @@ from models.pipeline_stages import micro_batches_alive, micro_batches_waiting
 WORKSPACES = 64 * 2**20
 # Schedules that are DeepSpeed's own, or have its instructions and others.
 _BY_DEEPSPEED = ("1f1b", "zb-h1")
-# DeepSpeed reduces at most this many gradients at once at stages 0 and 1 (a bucket is closed after it).
+# DeepSpeed reduces at most this many gradients at once at stage 0 (a bucket is closed after it).
 _REDUCED_AT_ONCE = 500_000_000
+# BF16_Optimizer's gradients are sent in pieces, of which two are on their way
+# (`deepspeed_patches.speed.bf16_optimizer.reduce_sums_in_pieces`).
+PIECE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -251,13 +254,7 @@ class Step:
         sizes = [shape.numel for shape in self.shapes]
         largest = max(sizes)
         if self.kind == "bf16":
-            if self.data == 1:
-                return 0.0
-            # Matrices and vectors are two flat tensors: joined in one bucket (a copy), or one after the
-            # other if the first fills it. Either is reduced as a copy in bf16.
-            matrices = sum(shape.numel for shape in self.shapes if shape.matrix)
-            joined = matrices <= _REDUCED_AT_ONCE
-            return (4.0 + 2.0) * sum(sizes) if joined else 2.0 * matrices
+            return 2.0 * min(sum(sizes), 2 * PIECE) if self.data > 1 else 0.0
         if self.kind in ("torch", "unfused"):
             size = 4.0 if self.kind == "torch" else 2.0
             return size * min(sum(sizes), _REDUCED_AT_ONCE + largest)

@@ -69,25 +69,34 @@ def test_each_gradient_is_copied_before_it_is_added(ranks: int) -> None:
         assert after[2] == before[2]
 
 
-def sums_before_the_step(repair: bool) -> list[float]:
-    """The fp32 sums of gradients that the step of one rank gets."""
+def sums_before_the_step(repair: bool) -> tuple[list[float], int]:
+    """The fp32 sums of gradients that the step gets, and the most elements that were copied at once."""
     import torch
+    import torch.distributed as dist
     from torch import nn
 
-    from launch.deepspeed_patches.speed.bf16_optimizer import leave_gradients_that_nobody_sums
+    from launch.deepspeed_patches.speed import bf16_optimizer
 
     torch.manual_seed(0)
-    engine = initialize(nn.Linear(4, 4, bias=False), TWO_MICRO_BATCHES)
+    engine = initialize(nn.Linear(4, 5, bias=False), TWO_MICRO_BATCHES)
+    (sums,) = engine.optimizer.fp32_groups_gradients_flat
     if repair:
-        leave_gradients_that_nobody_sums(engine)
+        bf16_optimizer.PIECE = 3
+        bf16_optimizer.reduce_sums_in_pieces(engine)
+    torch.manual_seed(1 + dist.get_rank())
     for _ in range(2):
-        engine.backward(engine(torch.randn(1, 4, dtype=torch.bfloat16)).square().sum())
+        inputs = torch.randn(1, 4, dtype=torch.bfloat16)
+        with operations() as asked:
+            engine.backward(engine(inputs).square().sum())
         if engine.is_gradient_accumulation_boundary():
             break
         engine.step()
-    (sums,) = engine.optimizer.fp32_groups_gradients_flat
-    values: list[float] = sums.tolist()
-    return values
+    copied = [
+        tensors[0].numel()
+        for name, tensors, _ in asked
+        if name in ("_to_copy", "copy_") and tensors[0].dtype == torch.float32
+    ]
+    return sums.tolist(), max(copied, default=0)
 
 
 def test_one_rank_rounds_its_gradients() -> None:
@@ -95,6 +104,23 @@ def test_one_rank_rounds_its_gradients() -> None:
 
     (raw,) = run_ranks(sums_before_the_step, 1, False)
     (exact,) = run_ranks(sums_before_the_step, 1, True)
-    said = repaired("speed/bf16_optimizer.leave_gradients_that_nobody_sums")
-    assert torch.tensor(exact).bfloat16().tolist() == raw, said
-    assert exact != raw, said
+    said = repaired("speed/bf16_optimizer.reduce_sums_in_pieces")
+    assert torch.tensor(exact[0]).bfloat16().tolist() == raw[0], said
+    assert exact[0] != raw[0], said
+
+
+def test_sums_are_copied_as_a_whole() -> None:
+    raw = run_ranks(sums_before_the_step, 2, False)
+    pieces = run_ranks(sums_before_the_step, 2, True)
+    said = repaired("speed/bf16_optimizer.reduce_sums_in_pieces")
+    for (sums, most), (sums_of_pieces, piece) in zip(raw, pieces, strict=True):
+        assert any(sums) and sums == sums_of_pieces
+        assert most >= len(sums) > 3 >= piece, said
+    assert raw[0][0] == raw[1][0]
+
+
+def test_the_planner_knows_the_pieces() -> None:
+    from launch.deepspeed_patches.speed import bf16_optimizer
+    from launch.memory import moments
+
+    assert moments.PIECE == bf16_optimizer.PIECE

@@ -4,7 +4,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from launch.deepspeed_patches.speed.bf16_optimizer import (
     add_gradients_without_a_copy,
-    leave_gradients_that_nobody_sums,
+    reduce_sums_in_pieces,
 )
 from launch.deepspeed_patches.speed.host_overhead import (
     ask_for_streams_by_device,
@@ -34,7 +34,7 @@ def on_engine(engine: DeepSpeedEngine) -> None:
     """Call it once with each engine."""
     remember_parameters_of_modules()
     add_gradients_without_a_copy(engine)
-    leave_gradients_that_nobody_sums(engine)
+    reduce_sums_in_pieces(engine)
     add_reduced_gradients_without_a_copy(engine)
     wait_for_reductions_on_the_gpu(engine)
     take_norms_at_once(engine)
