@@ -60,10 +60,10 @@ def threads_per_rank(ranks: int) -> int:
 def schedule_as_batch() -> None:
     """Let no thread of this process take a core from another when it wakes up (Linux's SCHED_BATCH).
 
-    gloo's network thread wakes up when data is there, takes the core from the thread that holds its lock, and
-    asks for the lock again and again. With two ranks on two cores, an all-reduce took 2.4 times the CPU time
-    and 2.9 times as long. Threads inherit the policy, so call this before gloo starts. Does nothing where
-    another policy has been chosen.
+    gloo's network thread wakes up when data is there, takes the core from the thread that holds its lock,
+    and asks for the lock again and again. With two ranks on two cores, an all-reduce took 2.4 times the
+    CPU time and 2.9 times as long. Threads inherit the policy, so call this before gloo starts. Does
+    nothing where another policy has been chosen.
     """
     with contextlib.suppress(OSError):  # a sandbox that has no such call
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
