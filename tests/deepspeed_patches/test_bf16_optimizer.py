@@ -117,10 +117,3 @@ def test_sums_are_copied_as_a_whole() -> None:
         assert any(sums) and sums == sums_of_pieces
         assert most >= len(sums) > 3 >= piece, said
     assert raw[0][0] == raw[1][0]
-
-
-def test_the_planner_knows_the_pieces() -> None:
-    from launch.deepspeed_patches.speed import bf16_optimizer
-    from launch.memory import moments
-
-    assert moments.PIECE == bf16_optimizer.PIECE

@@ -251,3 +251,10 @@ def test_the_dry_run_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     sums = memory.describe().partition("; fullest")[0] + " "
     parts = re.findall(r" ([\d.]+)(?= |$)", sums)
     assert float(parts[0]) == pytest.approx(sum(float(part) for part in parts[1:]), rel=0.01)
+
+
+def test_gradients_are_sent_in_the_pieces_that_it_counts() -> None:
+    from launch.deepspeed_patches.speed import bf16_optimizer
+    from launch.memory import moments
+
+    assert moments.PIECE == bf16_optimizer.PIECE
