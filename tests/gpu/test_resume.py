@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from launch.paths import ROOT
+from launch.runtime.local_launcher import free_port
 from tests.resume.layouts import same, whole_state
 from tests.resume.runs import steps_logged
 
@@ -42,6 +43,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 
 def train(folder: Path, *sets: str, resume: Path | None = None) -> str:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    command += ["--master_port", str(free_port())]  # others may start runs on this machine too
     command += ["launch/train.py", "--config", TINY, "--set", *SETS, f"run.dir={folder}", *sets]
     if resume:
         command += ["--resume", str(resume)]

@@ -108,7 +108,8 @@ SPECIAL = [
 
 
 def _kinds_of_a_recipe(case: Case) -> set[object]:
-    return {case.stem, case.precision, case.family}
+    """How the model is cut and its schedule; the certificate has these with each ZeRO stage."""
+    return {re.sub(r"_zero\d", "", case.stem), case.precision, case.family}
 
 
 def _kinds_of_a_special(case: Case) -> set[str]:
