@@ -78,7 +78,7 @@ def reduce_sums_in_pieces(engine: DeepSpeedEngine) -> None:
 
     Defect: before an all-reduce, DeepSpeed rounds the fp32 sums to bf16, all at once, and then sends them;
         after it, it divides them, widens them, and copies them once more. Nothing of this runs beside the
-        message: 5 ms of a step of GPT 1.3B on an H200, and 2.6 GB. With one data parallel rank nothing is
+        message: 4 ms of a step of GPT 1.3B on H200s, and 2.6 GB. With one data parallel rank nothing is
         sent, and they are rounded all the same: 7 ms on an H100, and the digits that `grad_accum_dtype` is
         to keep.
     Versions: DeepSpeed 0.19.8.
