@@ -31,8 +31,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-# torch.compile asks the CPU which vector instructions it has; that each of them compiles and loads need not
-# be tried by each rank, in a process that imports torch.
+# The vector instructions that the CPU says it has do work: torch.compile need not compile a program for
+# each, and load it in a process that imports torch, in every rank.
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 use_private_cache()
 

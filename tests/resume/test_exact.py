@@ -78,8 +78,8 @@ def _parallel(layout: str) -> dict[str, Any]:
     return found
 
 
-# Kinds by other names: the optimizer on the CPU and all on a disk are kinds, and a schedule has no state.
-NO_KINDS = {"all on the CPU", "weights on a disk", "gpipe"}
+# Between "optimizer on the CPU" and "all on a disk", which are kinds.
+NO_KINDS = {"all on the CPU", "weights on a disk"}
 
 
 def kinds(layout: str) -> set[str]:

@@ -92,22 +92,25 @@ def reduce_sums_in_pieces(engine: DeepSpeedEngine) -> None:
         return
     group = optimizer.dp_process_group
     ranks = dist.get_world_size(group)
+    if ranks == 1:
+        engine.buffered_allreduce_fallback = lambda **_: None
+        return
     divides_after = engine.gradient_average and engine.postscale_gradients()
-    if ranks > 1 and not (divides_after and engine.gradient_predivide_factor() == 1.0):
+    if not divides_after or engine.gradient_predivide_factor() != 1.0:
         return
 
     @torch.no_grad()
     def reduce(**_: Any) -> None:
         sums, _of_experts = optimizer.get_grads_for_reduction()
-        on_the_way: list[tuple[Tensor, Tensor, Any]] = []
-        for piece in (piece for each in sums if ranks > 1 for piece in each.split(PIECE)):
+        before: tuple[Tensor, Tensor, Any] | None = None
+        for piece in (piece for each in sums for piece in each.split(PIECE)):
             message = piece.to(engine.communication_data_type, copy=True)
             work = dist.all_reduce(message, group=group, async_op=True)
-            on_the_way.append((piece, message, work))
-            if len(on_the_way) == 2:
-                _receive(*on_the_way.pop(0), ranks)
-        for sent in on_the_way:
-            _receive(*sent, ranks)
+            if before:
+                _receive(*before, ranks)
+            before = piece, message, work
+        if before:
+            _receive(*before, ranks)
 
     engine.buffered_allreduce_fallback = reduce
 
