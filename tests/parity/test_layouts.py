@@ -108,8 +108,7 @@ SPECIAL = [
 
 
 def _kinds_of_a_recipe(case: Case) -> set[object]:
-    """How the model is cut and its schedule; the certificate has these with each ZeRO stage."""
-    return {re.sub(r"_zero\d", "", case.stem), case.precision, case.family}
+    return {case.stem, case.precision, case.family}
 
 
 def _kinds_of_a_special(case: Case) -> set[str]:

@@ -78,14 +78,10 @@ def _parallel(layout: str) -> dict[str, Any]:
     return found
 
 
-# Between "optimizer on the CPU" and "all on a disk", which are kinds.
-NO_KINDS = {"all on the CPU", "weights on a disk"}
-
-
 def kinds(layout: str) -> set[str]:
     """Each part of a layout's name, and each two axes that are cut."""
     parts = layout.replace(" with ", ", ").split(", ")
-    return {*parts, *parts[0].split(" x ")} - NO_KINDS
+    return {*parts, *parts[0].split(" x ")}
 
 
 @pytest.mark.parametrize("layout", representatives(LAYOUTS, kinds))
