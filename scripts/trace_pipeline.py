@@ -27,8 +27,8 @@ from typing import get_args
 from rich.console import Console
 
 from launch.config.cli_args import add_recipe_arguments
-from launch.config.compatibility import check_parallel
 from launch.config.load import load_recipe
+from launch.config.parallel_rules import check_parallel
 from launch.config.schema import Parallel, Recipe
 from launch.errors import UserError
 from launch.paths import ROOT

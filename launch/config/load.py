@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from launch.config.compatibility import check_parallel
+from launch.config.parallel_rules import check_parallel
 from launch.config.schema import GPTModel, HFModel, Recipe
 from launch.errors import UserError, nearest_or_all
 from launch.paths import ROOT

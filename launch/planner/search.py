@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launch.config.compatibility import check_composition, check_parallel
+from launch.config.compatibility import check_composition
 from launch.config.layout import Layout, plan_layout
+from launch.config.parallel_rules import check_parallel
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, Parallel, Recipe
 from launch.errors import UserError
