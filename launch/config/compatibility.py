@@ -39,8 +39,8 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
         )
     if optimizer_block(config)[0].lower() == "muon":
         _check_muon(recipe, config, layout)
-    if zero_stage(config) == 3 and recipe.train.compile:
-        _check_compiled_zero3(recipe, zero)
+    if zero_stage(config) == 3:
+        _check_zero3(recipe, zero)
     if layout.grid["tensor"] > 1:
         _check_tensor(config)
     if layout.grid["pipeline"] > 1:
@@ -92,7 +92,16 @@ def _check_muon(recipe: "Recipe", config: dict[str, Any], layout: "Layout") -> N
         )
 
 
-def _check_compiled_zero3(recipe: "Recipe", zero: dict[str, Any]) -> None:
+def _check_zero3(recipe: "Recipe", zero: dict[str, Any]) -> None:
+    # Proof: test_rejected.py::test_modules_gathered_whole_for_their_size_stop_the_backward_pass
+    for key in ("stage3_module_granularity_threshold", "module_granularity_threshold"):
+        if zero.get(key):
+            raise UserError(
+                f"zero_optimization.{key}: DeepSpeed frees the weights of the modules below it so that the "
+                "backward pass stops; take the key out, or name the modules' classes in leaf_module"
+            )
+    if not recipe.train.compile:
+        return
     if recipe.model.family == "hf":
         raise UserError(
             "train.compile: under ZeRO-3 only models of family gpt are compiled, and this is family hf; "

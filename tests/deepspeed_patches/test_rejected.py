@@ -63,6 +63,30 @@ def test_pipe_partitioned_without_grad_partitioned_fails() -> None:
         pytest.fail(REPAIRED)
 
 
+def backward_through_a_module_gathered_whole(threshold: int) -> None:
+    import torch
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = torch.nn.LayerNorm(2), torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.layer(self.norm(x))
+            return y
+
+    zero = {"stage": 3, "stage3_module_granularity_threshold": threshold}
+    engine = initialize(torch.nn.Sequential(Block()), {"zero_optimization": zero})
+    engine.backward(engine(torch.ones(1, 2)).sum())
+
+
+def test_modules_gathered_whole_for_their_size_stop_the_backward_pass() -> None:
+    run_ranks(backward_through_a_module_gathered_whole, 1, 0)
+    with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+        run_ranks(backward_through_a_module_gathered_whole, 1, 100)
+        pytest.fail(REPAIRED)
+
+
 def step_in_fp16(stage: int) -> float:
     """How far SGD moves a weight whose gradient is 1, at a learning rate of 1/2 and a loss scale of 16."""
     import torch

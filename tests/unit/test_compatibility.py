@@ -151,6 +151,10 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
             "compile.deepcompile": "true",
         }.items()
     },
+    "modules gathered whole for their size": (
+        "zero3", ("deepspeed.zero_optimization.stage3_module_granularity_threshold=1e9",),
+        r"stage3_module_granularity_threshold: .* take the key out, or name .* leaf_module",
+    ),
     "sequence length": (
         "zero1", (TENSOR, SEQUENCE, "data.sequence_length=255"), r"parallel.sequence: .* use 254",
     ),
