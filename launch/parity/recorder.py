@@ -132,7 +132,9 @@ class Recorder:
         root.register_forward_pre_hook(self._enter)
         for name, module in modules.items():
             module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
-            module.register_forward_hook(partial(self._after, name))
+            # Before transformers' own hooks, which a model that has run before has by now: what they
+            # take for the router's loss is the view too, or its gradient would not be seen.
+            module.register_forward_hook(partial(self._after, name), prepend=True)
         root.register_forward_hook(self._leave)
 
     def _enter(self, root: nn.Module, inputs: Any) -> None:
