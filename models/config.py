@@ -6,6 +6,9 @@ This file does not import torch: planning a 175B model needs neither a GPU nor a
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+# Plans list each layer. The deepest transformers that were trained have 1,000 (DeepNet, arXiv:2203.00555).
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -49,6 +52,8 @@ class GPTConfig:
             value = getattr(self, field.name)
             if field.type is int and value < 1:
                 raise ValueError(f"{field.name} is {value}; it must be at least 1")
+        if self.layers > MOST_LAYERS:
+            raise ValueError(f"layers is {self.layers}; it must be at most {MOST_LAYERS:,}")
         if self.hidden % self.heads and self.head_dim * self.heads != self.hidden:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
         if self.heads % self.kv_heads:

@@ -56,6 +56,7 @@ def test_flops_by_hand() -> None:
         ({"heads": 4, "kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
         ({"layers": 0}, "layers is 0; it must be at least 1"),
         ({"vocab": -5}, "vocab is -5; it must be at least 1"),
+        ({"layers": 10**9}, "layers is 1000000000; it must be at most 10,000"),
         ({"position": "rope", "head_dim": 3}, "rope turns pairs of numbers; head_dim 3 is odd"),
         ({"dropout": 1.0}, r"dropout is 1.0; it must lie in \[0, 1\)"),
     ],
