@@ -163,7 +163,8 @@ class GPT(nn.Module):
     """The decoder: embedding, blocks, a final norm, and the projection onto the vocabulary.
 
     With `checkpoint_activations`, a block keeps only its input for the backward pass and recomputes
-    the rest (arXiv:1604.06174).
+    the rest (arXiv:1604.06174). With `loss_chunks` above 1, so does the output projection with the
+    loss, in so many pieces of the sequence: the logits of one piece exist at a time.
     """
 
     def __init__(
@@ -171,10 +172,11 @@ class GPT(nn.Module):
         config: GPTConfig,
         checkpoint_activations: bool = False,
         tp: TensorParallel = ONE_RANK,
+        loss_chunks: int = 1,
     ) -> None:
         super().__init__()
         self.config, self.tp = config, tp
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.loss_chunks = checkpoint_activations, loss_chunks
         self.embedding = Embedding(config, tp)
         self.blocks = nn.ModuleList(Block(config, tp) for _ in range(config.layers))
         self.norm = make_norm(config, tp)
@@ -201,11 +203,28 @@ class GPT(nn.Module):
         x = self.embedding(tokens, positions)
         for block in self.blocks:
             x = run_block(block, x, inputs, self.checkpoint_activations and self.training)
-        logits: Tensor = self.output(self.norm(x))
+        x = self.norm(x)
         if labels is None:
-            return gather_from_group(logits, -1, self.tp.group)[..., : self.config.vocab]
-        loss: Tensor = self.loss(logits, labels, loss_weights)
+            return gather_from_group(self.output(x), -1, self.tp.group)[..., : self.config.vocab]
+        if self.loss_chunks == 1:
+            return self._summed_loss(x, labels, loss_weights)
+        return self._summed_loss_in_chunks(x, labels, loss_weights)
+
+    def _summed_loss(self, x: Tensor, labels: Tensor, loss_weights: Tensor | None) -> Tensor:
+        loss: Tensor = self.loss(self.output(x), labels, loss_weights)
         return loss
+
+    def _summed_loss_in_chunks(
+        self, x: Tensor, labels: Tensor, loss_weights: Tensor | None
+    ) -> Tensor:
+        n = self.loss_chunks
+        chunks = x.chunk(n, 1)  # fewer than n of a short sequence
+        weights = [None] * len(chunks) if loss_weights is None else loss_weights.chunk(n, 1)
+        losses = [
+            checkpoint(self._summed_loss, *chunk, use_reentrant=False)
+            for chunk in zip(chunks, labels.chunk(n, 1), weights, strict=True)
+        ]
+        return torch.stack(losses).sum()
 
 
 def run_block(block: nn.Module, x: Tensor, inputs: AttentionInputs, recompute: bool) -> Tensor:

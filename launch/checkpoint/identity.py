@@ -30,6 +30,7 @@ HOW = {
     "train.micro_batch_size",
     "train.compile",
     "model.checkpoint_activations",
+    "model.loss_chunks",
     "deepspeed.zero_optimization",
     "deepspeed.aio",
     "deepspeed.bf16",

@@ -36,6 +36,8 @@ def check_parallel(recipe: "Recipe") -> None:
     if recipe.model.family == "hf":
         _check_hf(recipe)
         return
+    if recipe.model.loss_chunks > 1:
+        _check_loss_chunks(recipe)
     config = recipe.model.shape
     if parallel.tensor > 1 and recipe.train.compile:
         _check_compiled_tensor(recipe, config)
@@ -57,6 +59,24 @@ def check_parallel(recipe: "Recipe") -> None:
         raise UserError(
             f"parallel.sequence: {parallel.tensor} tensor ranks do not divide data.sequence_length "
             f"{recipe.data.sequence_length}; use {length}, or parallel.sequence=false"
+        )
+
+
+def _check_loss_chunks(recipe: "Recipe") -> None:
+    parallel = recipe.parallel
+    for key, remedy, needed in (
+        ("pipeline", "1", parallel.pipeline > 1),
+        ("sequence", "false", parallel.sequence),
+    ):
+        if needed:
+            raise UserError(
+                "model.loss_chunks: pieces of a sequence need a rank that has it whole, from tokens to "
+                f"the loss; use parallel.{key}={remedy}, or model.loss_chunks=1"
+            )
+    if recipe.train.compile and parallel.tensor > 1:
+        raise UserError(
+            "model.loss_chunks: the collectives of two pieces do not depend on each other, and each rank's "
+            "compiled code may order them otherwise; use train.compile=false, or model.loss_chunks=1"
         )
 
 

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 
 def reference_model(recipe: Recipe, dtype: torch.dtype, device: str) -> nn.Module:
-    """A recipe's model with its initial weights: a GPT, or a PreTrainedModel without a wrapper."""
+    """A recipe's model with its initial weights: a GPT, or a PreTrainedModel without a wrapper.
+
+    The GPT computes its loss at once, whatever `loss_chunks` says.
+    """
     if isinstance(recipe.model, HFModel):
         model: Any = _as_transformers_loads_it(recipe.model, recipe.train.seed, dtype)
         if recipe.model.lora is not None:
             _add_adapters(model, recipe.model.lora, recipe.train.seed)
         return cast("nn.Module", model.to(device).train())
-    return build_model(recipe, dtype, device)
+    whole = recipe.model.model_copy(update={"loss_chunks": 1})
+    return build_model(recipe.model_copy(update={"model": whole}), dtype, device)
 
 
 def _add_adapters(model: "PreTrainedModel", lora: Lora, seed: int) -> None:

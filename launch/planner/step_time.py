@@ -69,6 +69,7 @@ def device_terms(
     memory = card.memory_tbs * 1e12
     whole = flops_per_token(c, recipe.data.sequence_length)
     head = 6.0 * c.vocab * c.hidden
+    head_again = 4 / 3 if recipe.model.loss_chunks > 1 else 1.0
     attention = 12.0 * c.heads * c.head_dim * recipe.data.sequence_length
     per_block = (whole - head) / c.layers - attention
     peak = card.tflops * 1e12 * tensor
@@ -79,7 +80,7 @@ def device_terms(
     rotated = (c.heads + c.kv_heads) * c.head_dim / tensor * _rotary(c)
     return {
         "matmul": tokens
-        * (blocks * per_block * again + (head if last == c.layers + 4 else 0))
+        * (blocks * per_block * again + (head * head_again if last == c.layers + 4 else 0))
         / peak,
         "attention": passes * attention / peak,
         "eager": eager,

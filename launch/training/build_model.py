@@ -53,7 +53,7 @@ def build_model(
     if isinstance(spec, HFModel):
         return _build_hf(spec, recipe.train.seed, dtype, device, recipe.data.has_documents)
     with _new_parameters(dtype, device):
-        model = GPT(spec.shape, spec.checkpoint_activations, tp)
+        model = GPT(spec.shape, spec.checkpoint_activations, tp, spec.loss_chunks)
     if torch.device(device).type != "meta":
         _set_initial_weights(model.named_parameters(), spec, recipe.train.seed)
     return model
@@ -151,7 +151,7 @@ def build_partitioned(
     with deepspeed.zero.Init(
         config_dict_or_path=ds_config, data_parallel_group=topology.sample_group, mpu=topology
     ):
-        model = GPT(spec.shape, spec.checkpoint_activations, tp)
+        model = GPT(spec.shape, spec.checkpoint_activations, tp, spec.loss_chunks)
     if spec.init_from is None:
         initialize_parameters(model.named_parameters(), spec.shape, recipe.train.seed, gather)
     else:

@@ -29,6 +29,8 @@ CASES = [
     Case("zero3", 1, "bf16", "llama", overrides=(COMPILE,)),
     Case("zero2", 2, "bf16", overrides=(COMPILE,)),
     Case("zero0", 1, "fp32", "llama", overrides=(COMPILE,)),
+    Case("zero0", 1, "fp32", overrides=("model.loss_chunks=3", COMPILE)),
+    Case("zero3", 2, "bf16", "llama", overrides=("model.loss_chunks=3", COMPILE)),
     Case("zero1", 2, "fp32", "llama", checkpoint_activations=True, overrides=(PP2, COMPILE)),
     # 321 words: the ranks' shards of the vocabulary are padded.
     Case(

@@ -53,6 +53,7 @@ LOW_SUMS = "deepspeed.data_types.grad_accum_dtype=null"  # gradients added up in
 WHOLE_MESSAGES = (
     "deepspeed.pipeline.pipe_partitioned=false", "deepspeed.pipeline.grad_partitioned=false",
 )  # fmt: skip
+LOSS_CHUNKS = "model.loss_chunks=3"  # of a sequence that they do not divide
 WHOLE_BLOCKS = "deepspeed.zero_optimization.leaf_module={classes: [Block]}"
 BF16_COPY = (
     "deepspeed.bf16.enabled=true", "deepspeed.torch_autocast.enabled=false",
@@ -96,6 +97,9 @@ SPECIAL = [
     ),
     Case("zero3", 4, "fp32", overrides=("deepspeed.zero_optimization.zero_hpz_partition_size=2",)),
     Case("zero3", 2, "fp32", overrides=(WHOLE_BLOCKS,)),
+    Case("zero3", 2, "bf16", overrides=(LOSS_CHUNKS,), uneven_weights=True),
+    Case("zero1", 4, "fp32", "llama", overrides=(TP2, LOSS_CHUNKS)),
+    Case("zero2", 2, "fp32", "llama", checkpoint_activations=True, overrides=(LOSS_CHUNKS,)),
     Case("zero1", 3, "fp32", "llama", overrides=SIX_HEADS),
     Case("zero0", 3, "bf16", "gpt2", overrides=SIX_HEADS),
     Case("zero1", 4, "fp32", "llama", overrides=(*ONE_KEY, "parallel.sequence=true")),

@@ -12,6 +12,7 @@ from launch.paths import ROOT
 
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 SEQUENCE = "parallel.sequence=true"
+CHUNKS = "model.loss_chunks=4"
 
 
 def read(stem: str, *overrides: str, ranks: int = 4) -> dict[str, object]:
@@ -151,6 +152,15 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
             "compile.deepcompile": "true",
         }.items()
     },
+    "a loss in chunks at a stage's end": (
+        "zero1", (PIPELINE, CHUNKS), r"model.loss_chunks: .* use parallel.pipeline=1, or model",
+    ),
+    "a loss in chunks of a cut sequence": (
+        "zero1", (TENSOR, SEQUENCE, CHUNKS), r"model.loss_chunks: .* use parallel.sequence=false, or model",
+    ),
+    "compiled collectives of chunks": (
+        "zero1", (TENSOR, CHUNKS, "train.compile=true"), r"model.loss_chunks: .* use train.compile=false",
+    ),
     "modules gathered whole for their size": (
         "zero3", ("deepspeed.zero_optimization.stage3_module_granularity_threshold=1e9",),
         r"stage3_module_granularity_threshold: .* take the key out, or name .* leaf_module",

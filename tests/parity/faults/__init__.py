@@ -23,6 +23,7 @@ from tests.parity.faults import (
     clip,
     data,
     hf,
+    loss_chunks,
     model,
     optimizer,
     pipeline,
@@ -34,7 +35,8 @@ from tests.parity.faults import (
     zero_bubble,
 )
 
-ONE_MODEL = [fault for kind in (model, zero, clip, optimizer, data, sft) for fault in kind.FAULTS]
+KINDS_OF_ONE_MODEL = (model, zero, clip, optimizer, data, loss_chunks, sft)
+ONE_MODEL = [fault for kind in KINDS_OF_ONE_MODEL for fault in kind.FAULTS]
 SHARDED = [
     fault
     for kind in (tensor, sequence, pipeline, zero_bubble, hf, workarounds)
