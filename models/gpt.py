@@ -164,7 +164,7 @@ class GPT(nn.Module):
 
     With `checkpoint_activations`, a block keeps only its input for the backward pass and recomputes
     the rest (arXiv:1604.06174). With `loss_chunks` above 1, so does the output projection with the
-    loss, in so many pieces of the sequence: the logits of one piece exist at a time.
+    loss, in so many chunks of the sequence: the logits of one chunk exist at a time.
     """
 
     def __init__(

@@ -70,12 +70,12 @@ def _check_loss_chunks(recipe: "Recipe") -> None:
     ):
         if needed:
             raise UserError(
-                "model.loss_chunks: pieces of a sequence need a rank that has it whole, from tokens to "
+                "model.loss_chunks: chunks of a sequence need a rank that has it whole, from tokens to "
                 f"the loss; use parallel.{key}={remedy}, or model.loss_chunks=1"
             )
     if recipe.train.compile and parallel.tensor > 1:
         raise UserError(
-            "model.loss_chunks: the collectives of two pieces do not depend on each other, and each rank's "
+            "model.loss_chunks: the collectives of two chunks do not depend on each other, and each rank's "
             "compiled code may order them otherwise; use train.compile=false, or model.loss_chunks=1"
         )
 

@@ -39,7 +39,7 @@ class GPTModel(_Shape):
     """Our own decoder: a named size, fields of `GPTConfig`, or both (fields take precedence).
 
     `init_from` is a folder with the initial weights, of `scripts/import_hf.py` or a finished run;
-    without it, they are drawn. With `loss_chunks`, the logits of so many pieces of a sequence are
+    without it, they are drawn. With `loss_chunks`, the logits of so many chunks of a sequence are
     computed one after the other, and again in the backward pass (`models/gpt.py`).
     """
 

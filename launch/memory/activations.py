@@ -126,10 +126,10 @@ class Activations:
         kept: all that the forward pass keeps for the backward pass, but the loss's.
         sent: the tensor that a stage hands to the next, or the logits; 0 without a pipeline.
         received: the tensor that it takes from the stage before; 0 for the first.
-        logits: what the loss keeps: log-probabilities, or logits; of one piece, where it has pieces.
+        logits: what the loss keeps: log-probabilities, or logits; of one chunk, where it has chunks.
         loss_forward: what the loss needs beside `logits` while it is computed.
         loss_backward: the same in the backward pass.
-        piece: the gradient of a piece's logits; 0 where the loss is computed at once.
+        chunk: the gradient of a chunk's logits; 0 where the loss is computed at once.
         block_backward: what a block needs in its backward pass beside what it kept.
         waiting: what waits for weight gradients alone, of the schedule zb-h1.
         casts: weights in 16 bits that are kept until their backward pass, under torch_autocast.
@@ -142,7 +142,7 @@ class Activations:
     logits: float
     loss_forward: float
     loss_backward: float
-    piece: float
+    chunk: float
     block_backward: float
     waiting: float
     casts: float
@@ -171,16 +171,16 @@ def activations(
     work = _block_work(c, again, graph) * each
     head = last == c.layers + 4
     waiting = blocks * waiting_bytes(c, tensor, element)
-    logits = loss_forward = loss_backward = piece = 0.0
+    logits = loss_forward = loss_backward = chunk = 0.0
     chunks = recipe.model.loss_chunks
     if head:
         waiting += element.product * (c.hidden + -(-c.vocab // tensor))
         kept += element.stream * hidden + element.product * c.hidden
         logits, loss_forward, loss_backward = (n / chunks for n in _loss(c, tensor, element, graph))
         if chunks > 1:
-            # Gradients of the pieces' inputs wait for each other, to become that of the norm's output.
+            # Gradients of the chunks' inputs wait for each other, to become that of the norm's output.
             loss_backward += element.product * c.hidden
-            piece = element.product * -(-c.vocab // tensor) / chunks
+            chunk = element.product * -(-c.vocab // tensor) / chunks
     pipeline = layout.grid["pipeline"] > 1
     sent = element.product * -(-c.vocab // tensor) if head else element.stream * hidden
     if pipeline and head:
@@ -203,7 +203,7 @@ def activations(
         logits=tokens * logits,
         loss_forward=tokens * loss_forward,
         loss_backward=tokens * loss_backward,
-        piece=tokens * piece,
+        chunk=tokens * chunk,
         block_backward=tokens * work,
         waiting=tokens * waiting if recipe.parallel.schedule == "zb-h1" else 0.0,
         casts=casts,

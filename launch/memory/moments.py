@@ -171,7 +171,7 @@ class Step:
                 self.gathered.forward,
             ),
             "the loss's backward pass": self._parts(
-                before + (own if self.whole_graph or kept.piece else 0),
+                before + (own if self.whole_graph or kept.chunk else 0),
                 micro,
                 logits - done + kept.loss_backward,
                 waiting,
@@ -191,10 +191,10 @@ class Step:
                 waiting,
                 0,
             )
-        if kept.piece:
-            # Its weight's gradient from one piece is added to that from those before.
+        if kept.chunk:
+            # Its weight's gradient from one chunk is added to that from those before.
             found["the output projection's backward pass"] = self._parts(
-                before + 2 * own, micro, kept.piece, waiting, self.gathered.loss
+                before + 2 * own, micro, kept.chunk, waiting, self.gathered.loss
             )
         if self.kind == "bf16":
             # A pipeline's other micro batches are there while the last gradient is added.

@@ -80,7 +80,7 @@ class LayoutRecorder(Recorder):
         modules = modules_to_watch(model.model if is_hf(model) else model)
         self._leave_out_shared_keys(modules)
         if getattr(model, "loss_chunks", 1) > 1:
-            # One device computes at once what these do in pieces: their weight, and the loss, are seen.
+            # One device computes at once what these do in chunks: their weight, and the loss, are seen.
             del modules["output"], modules["loss"]
         self.watch(model, modules)
         model.register_forward_pre_hook(

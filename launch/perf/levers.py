@@ -111,7 +111,7 @@ LEVERS = (
         _set("model.checkpoint_activations=false"),
     ),
     Lever(
-        "loss-in-8-pieces",
+        "loss-in-8-chunks",
         "logits of an eighth of a sequence at a time, computed again in the backward pass",
         _set("model.loss_chunks=8"),
         _whole_sequence,

@@ -1,4 +1,4 @@
-"""A loss that is computed in pieces of the sequence: the same numbers, and fewer bytes."""
+"""A loss that is computed in chunks of the sequence: the same numbers, and fewer bytes."""
 
 import pytest
 import torch

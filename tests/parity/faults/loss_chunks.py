@@ -1,4 +1,4 @@
-"""Faults of a loss that is computed in pieces of the sequence (`model.loss_chunks`)."""
+"""Faults of a loss that is computed in chunks of the sequence (`model.loss_chunks`)."""
 
 import torch
 from torch import Tensor
