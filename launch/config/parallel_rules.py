@@ -64,15 +64,12 @@ def check_parallel(recipe: "Recipe") -> None:
 
 def _check_loss_chunks(recipe: "Recipe") -> None:
     parallel = recipe.parallel
-    for key, remedy, needed in (
-        ("pipeline", "1", parallel.pipeline > 1),
-        ("sequence", "false", parallel.sequence),
-    ):
-        if needed:
-            raise UserError(
-                "model.loss_chunks: chunks of a sequence need a rank that has it whole, from tokens to "
-                f"the loss; use parallel.{key}={remedy}, or model.loss_chunks=1"
-            )
+    if parallel.pipeline > 1 or parallel.sequence:
+        remedy = "parallel.pipeline=1" if parallel.pipeline > 1 else "parallel.sequence=false"
+        raise UserError(
+            "model.loss_chunks: chunks of a sequence need a rank that has it whole, from tokens to "
+            f"the loss; use {remedy}, or model.loss_chunks=1"
+        )
     if recipe.train.compile and parallel.tensor > 1:
         raise UserError(
             "model.loss_chunks: the collectives of two chunks do not depend on each other, and each rank's "

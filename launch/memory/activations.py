@@ -171,7 +171,7 @@ def activations(
     work = _block_work(c, again, graph) * each
     head = last == c.layers + 4
     waiting = blocks * waiting_bytes(c, tensor, element)
-    logits = loss_forward = loss_backward = chunk = 0.0
+    logits = loss_forward = loss_backward = 0.0
     chunks = recipe.model.loss_chunks
     if head:
         waiting += element.product * (c.hidden + -(-c.vocab // tensor))
@@ -180,7 +180,6 @@ def activations(
         if chunks > 1:
             # Gradients of the chunks' inputs wait for each other, to become that of the norm's output.
             loss_backward += element.product * c.hidden
-            chunk = element.product * -(-c.vocab // tensor) / chunks
     pipeline = layout.grid["pipeline"] > 1
     sent = element.product * -(-c.vocab // tensor) if head else element.stream * hidden
     if pipeline and head:
@@ -203,7 +202,7 @@ def activations(
         logits=tokens * logits,
         loss_forward=tokens * loss_forward,
         loss_backward=tokens * loss_backward,
-        chunk=tokens * chunk,
+        chunk=tokens * sent / chunks if head and chunks > 1 else 0.0,
         block_backward=tokens * work,
         waiting=tokens * waiting if recipe.parallel.schedule == "zb-h1" else 0.0,
         casts=casts,

@@ -68,15 +68,6 @@ def _stages_of_a_pipeline(setting: Setting) -> str | None:
     return None if setting.recipe.parallel.pipeline > 1 else "parallel.pipeline is 1"
 
 
-def _whole_sequence(setting: Setting) -> str | None:
-    if setting.recipe.model.family == "hf":
-        return "model.family is hf"
-    parallel = setting.recipe.parallel
-    if parallel.pipeline > 1 or parallel.sequence:
-        return "no rank has a sequence whole from its tokens to its loss"
-    return None
-
-
 def _bf16_optimizer(setting: Setting) -> str | None:
     if setting.stage == 1 and is_enabled(setting.ds_config, "bf16"):
         return None
@@ -114,13 +105,11 @@ LEVERS = (
         "loss-in-8-chunks",
         "logits of an eighth of a sequence at a time, computed again in the backward pass",
         _set("model.loss_chunks=8"),
-        _whole_sequence,
     ),
     Lever(
         "loss-at-once",
         "all logits at once, for the backward pass too",
         _set("model.loss_chunks=1"),
-        _whole_sequence,
     ),
     Lever("micro-batch-half", "half as many sequences a pass", _micro_batch(0.5), _halves),
     Lever("micro-batch-double", "twice as many sequences a pass", _micro_batch(2), _doubles),

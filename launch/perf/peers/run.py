@@ -88,9 +88,10 @@ def _of_another_model(recipe: Recipe) -> str | None:
         return "model.kv_heads is below model.heads"
     if recipe.model.init_from:
         return "model.init_from is set"
-    for key in ("checkpoint_activations", "loss_chunks"):
-        if getattr(recipe.model, key) != GPTModel.model_fields[key].default:
-            return f"model.{key} is set"
+    if recipe.model.checkpoint_activations:
+        return "model.checkpoint_activations is set"
+    if recipe.model.loss_chunks > 1:
+        return "model.loss_chunks is set"
     if recipe.data.has_documents:
         return "a row of the data holds several documents"
     return None
