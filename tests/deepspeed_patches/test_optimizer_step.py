@@ -66,7 +66,7 @@ def test_overflow_is_looked_for_twice() -> None:
         assert (norm, weights) == (norm_now, weights_now)
 
 
-def messages_after_a_step(repair: bool) -> tuple[int, Any]:
+def messages_after_a_step(repair: bool, offload: str = "none") -> tuple[int, Any]:
     """How many messages gather weights after a step, and all weights then."""
     from unittest import mock
 
@@ -79,7 +79,10 @@ def messages_after_a_step(repair: bool) -> tuple[int, Any]:
     torch.manual_seed(0)
     engine = initialize(
         nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]),
-        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
+        {
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3, "offload_param": {"device": offload}},
+        },
     )
     if repair:
         gather_small_weights_at_once(engine)
@@ -104,3 +107,10 @@ def test_small_weights_are_gathered_one_by_one() -> None:
         assert messages == 6 and messages_now == 1, said
         assert weights_now == weights
         assert all(weights)
+
+
+def test_weights_in_host_memory_are_left_to_deepspeed() -> None:
+    """It brings each to the GPU before it sends it; NCCL cannot send what is in host memory."""
+    raw = run_ranks(messages_after_a_step, 2, False, "cpu")
+    assert run_ranks(messages_after_a_step, 2, True, "cpu") == raw
+    assert raw[0][0] == 6

@@ -102,11 +102,12 @@ def gather_small_weights_at_once(engine: DeepSpeedEngine) -> None:
         gathered one by one: 194 messages for the norms and biases of GPT 1.3B, while nothing else runs.
     Versions: DeepSpeed 0.19.8.
     Workaround: keep them, and overwrite them with what one message brings. Not where a weight is sent in
-        another dtype than its own, or a second copy of it is kept on a node.
+        another dtype than its own, a second copy of it is kept on a node, or the partitions are in
+        host memory: NCCL sends nothing from there, and DeepSpeed brings each to the GPU.
     Proof: test_optimizer_step.py::test_small_weights_are_gathered_one_by_one
     """
     optimizer = engine.optimizer
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) or optimizer.offload_param:
         return
     small = optimizer.persistent_parameters
     if len({id(each.ds_process_group) for each in small}) != 1 or any(
