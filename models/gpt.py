@@ -12,10 +12,12 @@ canonical names). Matrices follow torch: `[out, in]`.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention, AttentionInputs, attention_inputs
@@ -51,11 +53,14 @@ class MLP(nn.Module):
     SwiGLU's `up` holds the rows of gate, then those of up, so one matrix product computes both.
     Weights: up is `[ffn, hidden]` (gated: 2 ffn rows), and a rank holds rows / ranks of each part;
     down is `[hidden, ffn]`, and a rank holds columns / ranks.
+
+    With `chunks` above 1, it works on so many chunks of the sequence, one after the other, and again in
+    the backward pass (arXiv:2506.13996, its TiledMLP): what is `ffn` wide exists for one chunk at a time.
     """
 
-    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: GPTConfig, tp: TensorParallel, chunks: int = 1) -> None:
         super().__init__()
-        self.gated = config.mlp == "swiglu"
+        self.gated, self.chunks = config.mlp == "swiglu", chunks
         parts = [config.ffn] * (2 if self.gated else 1)
         self.up = ColumnParallelLinear(
             config.hidden, parts, config.bias, tp.group, tp.sequence_parallel
@@ -66,6 +71,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shapes as `Attention.forward`; in between, `[batch, sequence, ffn / ranks]`."""
+        if self.chunks == 1:
+            return self._at_once(x)
+        chunks = x.chunk(self.chunks, 1)  # fewer than `chunks` of a short sequence
+        return torch.cat([checkpoint(self._at_once, c, use_reentrant=False) for c in chunks], 1)
+
+    def _at_once(self, x: Tensor) -> Tensor:
         x = self.up(x)
         if self.gated:
             gate, up = x.chunk(2, dim=-1)
@@ -79,12 +90,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: GPTConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: GPTConfig, tp: TensorParallel, mlp_chunks: int = 1) -> None:
         super().__init__()
         self.attention_norm = make_norm(config, tp)
         self.attention = Attention(config, tp)
         self.mlp_norm = make_norm(config, tp)
-        self.mlp = MLP(config, tp)
+        self.mlp = MLP(config, tp, mlp_chunks)
         self.dropout = config.dropout
         self.sequence_group = tp.sequence_group
 
@@ -163,8 +174,9 @@ class GPT(nn.Module):
     """The decoder: embedding, blocks, a final norm, and the projection onto the vocabulary.
 
     With `checkpoint_activations`, a block keeps only its input for the backward pass and recomputes
-    the rest (arXiv:1604.06174). With `loss_chunks` above 1, so does the output projection with the
-    loss, in so many chunks of the sequence: the logits of one chunk exist at a time.
+    the rest (arXiv:1604.06174); with `cpu_checkpointing`, that input waits in host memory. With
+    `loss_chunks` above 1, the output projection with the loss keeps its input alone too, in so many
+    chunks of the sequence: the logits of one chunk exist at a time. `mlp_chunks` is `MLP`'s.
     """
 
     def __init__(
@@ -172,13 +184,17 @@ class GPT(nn.Module):
         config: GPTConfig,
         checkpoint_activations: bool = False,
         tp: TensorParallel = ONE_RANK,
+        *,
+        cpu_checkpointing: bool = False,
+        mlp_chunks: int = 1,
         loss_chunks: int = 1,
     ) -> None:
         super().__init__()
         self.config, self.tp = config, tp
-        self.checkpoint_activations, self.loss_chunks = checkpoint_activations, loss_chunks
+        self.checkpoint_activations = checkpoint_activations
+        self.cpu_checkpointing, self.loss_chunks = cpu_checkpointing, loss_chunks
         self.embedding = Embedding(config, tp)
-        self.blocks = nn.ModuleList(Block(config, tp) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, tp, mlp_chunks) for _ in range(config.layers))
         self.norm = make_norm(config, tp)
         self.output = Output(config, tp)
         self.loss = Loss(config, tp)
@@ -201,8 +217,9 @@ class GPT(nn.Module):
         """
         inputs = attention_inputs(self.config, tokens.shape[1], positions, tokens.device)
         x = self.embedding(tokens, positions)
+        recompute = self.checkpoint_activations and self.training
         for block in self.blocks:
-            x = run_block(block, x, inputs, self.checkpoint_activations and self.training)
+            x = run_block(block, x, inputs, recompute, self.cpu_checkpointing)
         x = self.norm(x)
         if labels is None:
             return gather_from_group(self.output(x), -1, self.tp.group)[..., : self.config.vocab]
@@ -227,8 +244,14 @@ class GPT(nn.Module):
         return torch.stack(losses).sum()
 
 
-def run_block(block: nn.Module, x: Tensor, inputs: AttentionInputs, recompute: bool) -> Tensor:
-    """A block's output; with `recompute`, the backward pass recomputes the block."""
+def run_block(
+    block: nn.Module, x: Tensor, inputs: AttentionInputs, recompute: bool, on_cpu: bool = False
+) -> Tensor:
+    """A block's output; with `recompute`, the backward pass recomputes the block.
+
+    With `on_cpu` too, `x` waits for that in host memory, pinned if it came from a GPU.
+    """
     out: Tensor
-    out = checkpoint(block, x, inputs, use_reentrant=False) if recompute else block(x, inputs)
+    with save_on_cpu(pin_memory=x.is_cuda) if recompute and on_cpu else nullcontext():
+        out = checkpoint(block, x, inputs, use_reentrant=False) if recompute else block(x, inputs)
     return out

@@ -92,11 +92,13 @@ class GPTPipeline(PipelineModule):
         tp: TensorParallel,
         partition: str = "parameters",
         checkpoint_activations: bool = False,
+        cpu_checkpointing: bool = False,
     ) -> None:
         # Only plain values before nn.Module.__init__; PipelineModule's own partitions and builds.
         self.bounds = stage_bounds(config, grid["pipeline"], partition)
         self.config, self.tp = config, tp
         self.checkpoint_activations = checkpoint_activations
+        self.cpu_checkpointing = cpu_checkpointing
         super().__init__(
             layers=layer_specs(config, tp),
             topology=PipeModelDataParallelTopology(
@@ -120,7 +122,7 @@ class GPTPipeline(PipelineModule):
         recompute = self.checkpoint_activations and self.training
         for layer in self.forward_funcs:
             if isinstance(layer, Block):
-                x = run_block(layer, x, inputs, recompute)
+                x = run_block(layer, x, inputs, recompute, self.cpu_checkpointing)
             elif isinstance(layer, Position):
                 x = layer(x, positions)
             else:

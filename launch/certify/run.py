@@ -63,6 +63,7 @@ def plan_plain_reference(recipe: Recipe, uneven: bool) -> RunPlan:
     """The reference's run without activation checkpointing, whatever the recipe says."""
     values = recipe.model_dump()
     values["model"]["checkpoint_activations"] = False
+    values["model"].pop("cpu_checkpointing", None)  # a transformers model has none
     return plan_reference(recipe_from_dict(values), uneven=uneven)
 
 

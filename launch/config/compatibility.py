@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from launch.config.layout import compiled_as_whole
 from launch.ds_json.view import (
     accumulation_dtype,
     block,
@@ -41,6 +42,8 @@ def check_composition(recipe: "Recipe", config: dict[str, Any], layout: "Layout"
         _check_muon(recipe, config, layout)
     if zero_stage(config) == 3:
         _check_zero3(recipe, zero)
+    if recipe.train.cuda_graphs:
+        _check_cuda_graphs(recipe, layout, zero_stage(config))
     if layout.grid["tensor"] > 1:
         _check_tensor(config)
     if layout.grid["pipeline"] > 1:
@@ -111,6 +114,25 @@ def _check_zero3(recipe: "Recipe", zero: dict[str, Any]) -> None:
         raise UserError(
             "zero_optimization.memory_efficient_linear: with train.compile, torch 2.11 loses the gradients "
             "of that linear layer's weights; set it to false, or use train.compile=false"
+        )
+
+
+def _check_cuda_graphs(recipe: "Recipe", layout: "Layout", stage: int) -> None:
+    """A graph has the addresses of its tensors, and is of what torch.compile sees as one."""
+    if not recipe.train.compile:
+        raise UserError(
+            "train.cuda_graphs: they record compiled code, and train.compile is false; set that to true, "
+            "or take the key out"
+        )
+    if recipe.model.family == "hf":
+        raise UserError(
+            "train.cuda_graphs: nothing checks them with models of family hf; take the key out"
+        )
+    if not compiled_as_whole(layout.grid, stage, recipe.model.cpu_checkpointing):
+        raise UserError(
+            "train.cuda_graphs: they record a model that is compiled as a whole, and this layout compiles "
+            "each block by itself; take the key out, or use deepspeed.config=ds_configs/zero1.json without "
+            "parallel.pipeline and model.cpu_checkpointing"
         )
 
 

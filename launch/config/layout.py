@@ -39,9 +39,10 @@ class Layout:
         return f", lowered from {self.lowered_from} to divide the {share} sequences of a rank"
 
 
-def compiled_as_whole(grid: Grid, stage: int) -> bool:
+def compiled_as_whole(grid: Grid, stage: int, cpu_checkpointing: bool) -> bool:
     """Whether torch.compile sees the whole model, and not each block: `launch/training/compile.py`."""
-    return grid["pipeline"] == 1 and (stage < 2 or (stage == 2 and grid["data"] == 1))
+    whole_weights = stage < 2 or (stage == 2 and grid["data"] == 1)
+    return grid["pipeline"] == 1 and whole_weights and not cpu_checkpointing
 
 
 def plan_layout(recipe: Recipe, world_size: int) -> Layout:

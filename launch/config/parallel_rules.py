@@ -36,8 +36,12 @@ def check_parallel(recipe: "Recipe") -> None:
     if recipe.model.family == "hf":
         _check_hf(recipe)
         return
-    if recipe.model.loss_chunks > 1:
-        _check_loss_chunks(recipe)
+    _check_chunks(recipe)
+    if recipe.model.cpu_checkpointing and not recipe.model.checkpoint_activations:
+        raise UserError(
+            "model.cpu_checkpointing: it moves checkpoints, and model.checkpoint_activations is false; set "
+            "that to true, or take the key out"
+        )
     config = recipe.model.shape
     if parallel.tensor > 1 and recipe.train.compile:
         _check_compiled_tensor(recipe, config)
@@ -62,19 +66,22 @@ def check_parallel(recipe: "Recipe") -> None:
         )
 
 
-def _check_loss_chunks(recipe: "Recipe") -> None:
+def _check_chunks(recipe: "Recipe") -> None:
     parallel = recipe.parallel
-    if parallel.pipeline > 1 or parallel.sequence:
-        remedy = "parallel.pipeline=1" if parallel.pipeline > 1 else "parallel.sequence=false"
-        raise UserError(
-            "model.loss_chunks: chunks of a sequence need a rank that has it whole, from tokens to "
-            f"the loss; use {remedy}, or model.loss_chunks=1"
-        )
-    if recipe.train.compile and parallel.tensor > 1:
-        raise UserError(
-            "model.loss_chunks: the collectives of two chunks do not depend on each other, and each rank's "
-            "compiled code may order them otherwise; use train.compile=false, or model.loss_chunks=1"
-        )
+    for key in ("mlp_chunks", "loss_chunks"):
+        if getattr(recipe.model, key) == 1:
+            continue
+        if parallel.pipeline > 1 or parallel.sequence:
+            remedy = "parallel.pipeline=1" if parallel.pipeline > 1 else "parallel.sequence=false"
+            raise UserError(
+                f"model.{key}: chunks of a sequence need a rank that has it whole, from tokens to "
+                f"the loss; use {remedy}, or model.{key}=1"
+            )
+        if recipe.train.compile and parallel.tensor > 1:
+            raise UserError(
+                f"model.{key}: the collectives of two chunks do not depend on each other, and each rank's "
+                f"compiled code may order them otherwise; use train.compile=false, or model.{key}=1"
+            )
 
 
 def _divides(config: GPTConfig, tensor: int) -> bool:

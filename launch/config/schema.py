@@ -39,11 +39,13 @@ class GPTModel(_Shape):
     """Our own decoder: a named size, fields of `GPTConfig`, or both (fields take precedence).
 
     `init_from` is a folder with the initial weights, of `scripts/import_hf.py` or a finished run;
-    without it, they are drawn. With `loss_chunks`, the logits of so many chunks of a sequence are
-    computed one after the other, and again in the backward pass (`models/gpt.py`).
+    without it, they are drawn. The other keys trade time for memory (`models/gpt.py`): what is computed
+    again in the backward pass, and in how many chunks of the sequence.
     """
 
     checkpoint_activations: bool = False
+    cpu_checkpointing: bool = False
+    mlp_chunks: PositiveInt = 1
     loss_chunks: PositiveInt = 1
     init_from: str | None = None
 
@@ -174,8 +176,9 @@ class Schedule(_Block):
 class Train(_Block):
     """Steps, batch sizes (in sequences) and seed.
 
-    `micro_batch_size` is an upper limit; see `launch/config/layout.py`. `deterministic` takes, on GPUs, the
-    kernels that give the same bits each time, which are slower.
+    `micro_batch_size` is an upper limit; see `launch/config/layout.py`. On GPUs, `cuda_graphs` launches a
+    compiled pass as one, and `deterministic` takes the kernels that give the same bits each time, which
+    are slower.
     """
 
     steps: PositiveInt
@@ -186,6 +189,7 @@ class Train(_Block):
     eval_every: Annotated[int, Field(ge=0)] = 0
     eval_batches: PositiveInt = 8
     compile: bool = False
+    cuda_graphs: bool = False
     deterministic: bool = False
 
 

@@ -44,7 +44,8 @@ def compiled(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> Compi
     """What torch.compile sees as one graph: `launch/training/compile.py`."""
     if not recipe.train.compile:
         return "no"
-    return "model" if compiled_as_whole(layout.grid, zero_stage(ds_config)) else "blocks"
+    on_cpu = isinstance(recipe.model, GPTModel) and recipe.model.cpu_checkpointing
+    return "model" if compiled_as_whole(layout.grid, zero_stage(ds_config), on_cpu) else "blocks"
 
 
 def block_bytes(
@@ -77,12 +78,17 @@ def block_bytes(
     numbers += query  # output of attention
     if c.qk_norm:
         numbers += query  # the same, transposed: a norm leaves heads before tokens in memory
-    gated = 3 if compiled else 4
-    numbers += c.ffn / tensor * (gated if c.mlp == "swiglu" else 2)  # in the MLP
     found = element.product * numbers + element.stream * stream
+    found += mlp_bytes(config, tensor, element, compiled)
     if c.qk_norm and element.casts and not compiled:
         found += 2 * element.stream * (query + key_value)  # the norms' inputs and results, in fp32
     return found + (2 * residual if c.dropout else 0.0)
+
+
+def mlp_bytes(config: GPTConfig, tensor: int, element: Precision, compiled: bool = False) -> float:
+    """Those of `block_bytes` that are `ffn` wide: what `mlp_chunks` divides."""
+    gated = 3 if compiled else 4
+    return element.product * config.ffn / tensor * (gated if config.mlp == "swiglu" else 2)
 
 
 def waiting_bytes(config: GPTConfig, tensor: int, element: Precision) -> float:
@@ -120,7 +126,7 @@ def reference_block_bytes(config: GPTConfig, tensor: int, selective: bool) -> fl
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes on a rank for one micro batch of one stage.
+    """Bytes on a rank for one micro batch of one stage, on the device unless said.
 
     Attributes:
         kept: all that the forward pass keeps for the backward pass, but the loss's.
@@ -134,6 +140,7 @@ class Activations:
         waiting: what waits for weight gradients alone, of the schedule zb-h1.
         casts: weights in 16 bits that are kept until their backward pass, under torch_autocast.
         casts_forward: such weights that live during the forward pass alone.
+        on_host: blocks' inputs that wait in host memory.
     """
 
     kept: float
@@ -147,6 +154,7 @@ class Activations:
     waiting: float
     casts: float
     casts_forward: float
+    on_host: float
 
 
 def activations(
@@ -167,8 +175,16 @@ def activations(
         # Attention keeps the mask as numbers to add to its scores, once a block.
         mask = element.product * recipe.data.sequence_length
     each = block + mask + _statistics(c, tensor)
-    kept = blocks * (element.stream * hidden if again else each)
-    work = _block_work(c, again, graph) * each
+    chunk = 0.0
+    if recipe.model.mlp_chunks > 1:
+        mlp = mlp_bytes(c, tensor, element, graph != "no")
+        each, chunk = each - mlp, mlp / recipe.model.mlp_chunks
+        if graph != "no":
+            # Gradients of the chunks wait for each other, to become that of the MLP's input.
+            chunk += 2 * element.product * c.hidden
+    on_host = blocks * element.stream * hidden if recipe.model.cpu_checkpointing else 0.0
+    kept = blocks * (element.stream * hidden if again else each) - on_host
+    work = _block_work(c, again, graph) * (each + chunk) + (0.0 if again else chunk)
     head = last == c.layers + 4
     waiting = blocks * waiting_bytes(c, tensor, element)
     logits = loss_forward = loss_backward = 0.0
@@ -207,6 +223,7 @@ def activations(
         waiting=tokens * waiting if recipe.parallel.schedule == "zb-h1" else 0.0,
         casts=casts,
         casts_forward=casts_forward,
+        on_host=tokens * on_host,
     )
 
 

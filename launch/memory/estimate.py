@@ -85,7 +85,10 @@ def estimate_stages(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -
         moments = step.moments()
         moment = max(moments, key=lambda name: moments[name].total)
         parameters = count(step.shapes)
-        found.append(StageMemory(stage, parameters, moment, moments[moment], step.state.host))
+        host = dict(step.state.host)
+        if step.kept.on_host:
+            host["checkpoints"] = int(step.alive * step.kept.on_host)
+        found.append(StageMemory(stage, parameters, moment, moments[moment], host))
     return found
 
 

@@ -26,6 +26,7 @@ from launch.parity.recorder import (
 )
 from launch.training.setup import LocalEngine
 from launch.training.train_step import StepResult
+from models.gpt import GPT, MLP
 from models.pipeline import GPTPipeline
 
 
@@ -79,9 +80,9 @@ class LayoutRecorder(Recorder):
     def _watch_whole(self, model: nn.Module) -> None:
         modules = modules_to_watch(model.model if is_hf(model) else model)
         self._leave_out_shared_keys(modules)
-        if getattr(model, "loss_chunks", 1) > 1:
-            # One device computes at once what these do in chunks: their weight, and the loss, are seen.
-            del modules["output"], modules["loss"]
+        for name in _in_chunks(model):
+            # One device computes at once what these do in chunks: what they are part of is seen.
+            del modules[name]
         self.watch(model, modules)
         model.register_forward_pre_hook(
             lambda m, given: self.put_batch(**MicroBatch(*given)._asdict())
@@ -165,6 +166,17 @@ class LayoutRecorder(Recorder):
             if moment is not None:
                 found.append((name, moment))
         return found
+
+
+def _in_chunks(model: nn.Module) -> list[str]:
+    """The modules of a model that run for one chunk of the sequence at a time."""
+    if not isinstance(model, GPT):
+        return []
+    found = ["output", "loss"] if model.loss_chunks > 1 else []
+    for name, module in model.named_modules():
+        if isinstance(module, MLP) and module.chunks > 1:
+            found += [f"{name}.up", f"{name}.down"]
+    return found
 
 
 def load_recording(folder: Path, rank: int) -> Recording:

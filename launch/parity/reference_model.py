@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 def reference_model(recipe: Recipe, dtype: torch.dtype, device: str) -> nn.Module:
     """A recipe's model with its initial weights: a GPT, or a PreTrainedModel without a wrapper.
 
-    The GPT computes its loss at once, whatever `loss_chunks` says.
+    The GPT computes its MLPs and its loss at once and keeps all on the device, whatever the recipe says.
     """
     if isinstance(recipe.model, HFModel):
         model: Any = _as_transformers_loads_it(recipe.model, recipe.train.seed, dtype)
         if recipe.model.lora is not None:
             _add_adapters(model, recipe.model.lora, recipe.train.seed)
         return cast("nn.Module", model.to(device).train())
-    whole = recipe.model.model_copy(update={"loss_chunks": 1})
+    plain = {"cpu_checkpointing": False, "mlp_chunks": 1, "loss_chunks": 1}
+    whole = recipe.model.model_copy(update=plain)
     return build_model(recipe.model_copy(update={"model": whole}), dtype, device)
 
 

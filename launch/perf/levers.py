@@ -92,6 +92,12 @@ LEVERS = (
     Lever("compile-on", "torch.compile", _set("train.compile=true")),
     Lever("compile-off", "no torch.compile", _set("train.compile=false")),
     Lever(
+        "graphs-on",
+        "CUDA graphs: the compiled passes are recorded, and launched as one",
+        _set("train.cuda_graphs=true"),
+    ),
+    Lever("graphs-off", "each kernel is launched by itself", _set("train.cuda_graphs=false")),
+    Lever(
         "recompute-on",
         "blocks keep their inputs alone and are recomputed in the backward pass",
         _set("model.checkpoint_activations=true"),
@@ -100,6 +106,16 @@ LEVERS = (
         "recompute-off",
         "blocks keep their activations for the backward pass",
         _set("model.checkpoint_activations=false"),
+    ),
+    Lever(
+        "checkpoints-on-cpu",
+        "blocks' inputs wait in host memory for the backward pass",
+        _set("model.checkpoint_activations=true", "model.cpu_checkpointing=true"),
+    ),
+    Lever(
+        "mlp-in-8-chunks",
+        "MLPs work on an eighth of a sequence at a time, and again in the backward pass",
+        _set("model.mlp_chunks=8"),
     ),
     Lever(
         "loss-in-8-chunks",

@@ -150,10 +150,11 @@ def _rank(plan: Plan) -> tuple[bool, float]:
 
 def every_plan(base: Recipe, cluster: Cluster) -> Iterator[Plan]:
     """Every layout that composes, with every micro batch size that is a power of two."""
+    assert isinstance(base.model, GPTModel)
     for config in CONFIGS:
         checked = _Checked(base, config)
         for parallel in _degrees(cluster):
-            for again in (False, True):
+            for again in (True,) if base.model.cpu_checkpointing else (False, True):
                 recipe = _with(base, config, parallel, again)
                 yield from _micro_batches(recipe, checked, cluster)
 
@@ -163,7 +164,7 @@ class _Checked:
 
     def __init__(self, base: Recipe, config: str) -> None:
         recipe = _with(base, config, Parallel(), False)
-        eager = recipe.train.model_copy(update={"compile": False})
+        eager = recipe.train.model_copy(update={"compile": False, "cuda_graphs": False})
         alone = recipe.model_copy(update={"train": eager})
         self._json = resolve(alone, plan_layout(alone, 1))
         self._composes: set[tuple[Parallel, bool]] = set()

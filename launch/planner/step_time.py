@@ -70,6 +70,7 @@ def device_terms(
     whole = flops_per_token(c, recipe.data.sequence_length)
     head = 6.0 * c.vocab * c.hidden
     head_again = 4 / 3 if recipe.model.loss_chunks > 1 else 1.0
+    mlp_again = 2.0 * c.hidden * c.ffn * (3 if c.mlp == "swiglu" else 2)  # a forward pass
     attention = 12.0 * c.heads * c.head_dim * recipe.data.sequence_length
     per_block = (whole - head) / c.layers - attention
     peak = card.tflops * 1e12 * tensor
@@ -80,7 +81,10 @@ def device_terms(
     rotated = (c.heads + c.kv_heads) * c.head_dim / tensor * _rotary(c)
     return {
         "matmul": tokens
-        * (blocks * per_block * again + (head * head_again if last == c.layers + 4 else 0))
+        * (
+            blocks * (per_block * again + (mlp_again if recipe.model.mlp_chunks > 1 else 0))
+            + (head * head_again if last == c.layers + 4 else 0)
+        )
         / peak,
         "attention": passes * attention / peak,
         "eager": eager,
@@ -184,6 +188,10 @@ def step_time(
     idle = ideal_bubble(recipe.parallel.schedule, stages, m)
     sent = traffic(recipe, layout, ds_config, parameters, links(layout, card, hosts, network_gbs))
     transfer, update = _offload(ds_config, card, parameters, grid["data"], grid.world_size // hosts)
+    if recipe.model.cpu_checkpointing:
+        blocks, tokens = config.layers / stages, layout.micro_batch * recipe.data.sequence_length
+        checkpoints = precision(ds_config).stream * config.hidden * blocks * tokens * m
+        transfer += COST["host"] * 2.0 * checkpoints / (card.host_gbs * 1e9)  # there and back
     return StepTime(
         compute=busy,
         communication=COST["data"] * sent["data"]

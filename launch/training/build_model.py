@@ -53,10 +53,21 @@ def build_model(
     if isinstance(spec, HFModel):
         return _build_hf(spec, recipe.train.seed, dtype, device, recipe.data.has_documents)
     with _new_parameters(dtype, device):
-        model = GPT(spec.shape, spec.checkpoint_activations, tp, spec.loss_chunks)
+        model = _gpt(spec, tp)
     if torch.device(device).type != "meta":
         _set_initial_weights(model.named_parameters(), spec, recipe.train.seed)
     return model
+
+
+def _gpt(spec: GPTModel, tp: TensorParallel) -> GPT:
+    return GPT(
+        spec.shape,
+        spec.checkpoint_activations,
+        tp,
+        cpu_checkpointing=spec.cpu_checkpointing,
+        mlp_chunks=spec.mlp_chunks,
+        loss_chunks=spec.loss_chunks,
+    )
 
 
 def _set_initial_weights(
@@ -151,7 +162,7 @@ def build_partitioned(
     with deepspeed.zero.Init(
         config_dict_or_path=ds_config, data_parallel_group=topology.sample_group, mpu=topology
     ):
-        model = GPT(spec.shape, spec.checkpoint_activations, tp, spec.loss_chunks)
+        model = _gpt(spec, tp)
     if spec.init_from is None:
         initialize_parameters(model.named_parameters(), spec.shape, recipe.train.seed, gather)
     else:
@@ -184,6 +195,7 @@ def build_pipeline(
             tp,
             recipe.parallel.partition,
             spec.checkpoint_activations,
+            spec.cpu_checkpointing,
         )
     _set_initial_weights(model.canonical_parameters(), spec, recipe.train.seed)
     return model

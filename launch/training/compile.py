@@ -21,15 +21,18 @@ def gather_whole_blocks(model: GPT) -> None:
     deepspeed.utils.set_z3_leaf_modules(model, [Block])
 
 
-def compile_engine(engine: DeepSpeedEngine, grid: Grid) -> None:
+def compile_engine(engine: DeepSpeedEngine, grid: Grid, cuda_graphs: bool = False) -> None:
     """Compile the engine's model.
 
-    - ZeRO 0 to 2: the whole model, loss included.
+    - ZeRO 0 to 2: the whole model, loss included. With `cuda_graphs`, its forward and its backward pass
+      are recorded once, and launched as one after that: weights, inputs and activations keep their
+      places. A graph has one shape, so the growing text of a sample runs without.
     - A pipeline and ZeRO-3: each block, and the loss. DeepSpeed's hooks, which gather a block's weights
       before it and release them after it, run outside the compiled code: torch must not trace them.
     - ZeRO-2 on several ranks likewise: the gradients of a model compiled as a whole all come at the end
       of its backward pass, too late to reduce some while others are computed. But a transformers model,
       which has none of our blocks, is compiled as a whole.
+    - Checkpoints on the CPU likewise: torch does not trace the hooks that move them.
 
     With tensor parallel ranks, a wait for a collective is moved behind what does not need its result,
     such as a weight gradient, and compiled code rounds to 16 bits where eager code does. A row-parallel
@@ -37,17 +40,20 @@ def compile_engine(engine: DeepSpeedEngine, grid: Grid) -> None:
     digits that one device rounds away. At GPT 1.3B in bf16 that changed the loss of step 2 by 2%
     (models/README.md), and the throughput is the same either way.
     """
-    options: Any = None
+    options: dict[str, Any] = {}
+    if cuda_graphs:
+        options |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
     if grid["tensor"] > 1:
-        options = {
+        options |= {
             "emulate_precision_casts": True,
             "reorder_for_compute_comm_overlap": True,
             "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
         }
     parts = [m for m in engine.module.modules() if isinstance(m, (Block, Loss))]
-    if not parts or compiled_as_whole(grid, engine.zero_optimization_stage()):
-        engine.compile(compile_kwargs={"options": options})
+    on_cpu = getattr(engine.module, "cpu_checkpointing", False)
+    if not parts or compiled_as_whole(grid, engine.zero_optimization_stage(), on_cpu):
+        engine.compile(compile_kwargs={"options": options or None})
         return
     for part in parts:
         # Set on the instance, where nn.Module calls it; `module.compile()` includes hooks.
-        object.__setattr__(part, "forward", torch.compile(part.forward, options=options))
+        object.__setattr__(part, "forward", torch.compile(part.forward, options=options or None))

@@ -89,5 +89,5 @@ def build_engine(
         count_each_parameter_once(engine, topology)
         keep_grad_norm(engine)
     if train.compile:
-        compile_engine(engine, topology.grid)
+        compile_engine(engine, topology.grid, train.cuda_graphs)
     return engine

@@ -17,14 +17,13 @@ from models.pipeline import GPTPipeline
 def evaluate(engine: DeepSpeedEngine, validation: ValidationSet) -> float:
     """The validation loss: the weighted mean over the labels of all ranks."""
     engine.eval()
-    if isinstance(engine, PipelineEngine):
-        losses = _pipeline_losses(engine, validation.micro_batches)
-    else:
-        losses = [engine(*batch.to(engine.device)) for batch in validation.micro_batches]
-    # Only the last stage has losses.
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for loss in losses:
-        total += loss
+    if isinstance(engine, PipelineEngine):
+        for loss in _pipeline_losses(engine, validation.micro_batches):  # on the last stage alone
+            total += loss
+    else:
+        for batch in validation.micro_batches:
+            total += engine(*batch.to(engine.device))  # a CUDA graph's next result takes its place
     dist.all_reduce(total, group=engine.data_parallel_group)
     if isinstance(engine, PipelineEngine):
         _broadcast_from_last_stage(engine, total)

@@ -1,9 +1,12 @@
-"""Compiled ZeRO-3 trains right over many steps: on GPUs it once lost gradients without a word."""
+"""Compiled ZeRO-3 trains right over many steps: on GPUs it once lost gradients without a word.
+
+And CUDA graphs, which CPUs have none of, launch what they recorded.
+"""
 
 import pytest
 import torch
 
-from tests.parity.cases import FAMILIES, Workbench, hundred_steps
+from tests.parity.cases import FAMILIES, Case, Workbench, hundred_steps
 
 pytestmark = pytest.mark.gpu
 RANKS = (1, 2)[: max(1, torch.cuda.device_count())]
@@ -16,3 +19,23 @@ def test_zero3_equals_one_gpu_over_a_hundred_steps(
 ) -> None:
     differences = bench.compare(hundred_steps(family, ranks))
     assert not [d for d in differences if d.past]
+
+
+GRAPHS = ("train.compile=true", "train.cuda_graphs=true", "data.source=python-stdlib")
+RECORDED = {  # ranks, ZeRO stage, overrides
+    "one GPU": (1, 1, ()),
+    "ZeRO-2 on one GPU": (1, 2, ()),
+    "recomputed": (1, 1, ("model.checkpoint_activations=true", "model.mlp_chunks=3")),
+    "data 2": (2, 1, ()),
+    "tensor 2": (2, 1, ("parallel.tensor=2",)),
+}
+
+
+@pytest.mark.parametrize("layout", RECORDED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_graphs_equal_one_gpu(family: str, layout: str, bench: Workbench) -> None:
+    ranks, stage, overrides = RECORDED[layout]
+    if torch.cuda.device_count() < ranks:
+        pytest.skip("two GPUs")
+    case = Case(f"zero{stage}", ranks, "bf16", family, 2, overrides=(*GRAPHS, *overrides))
+    assert not [d for d in bench.compare(case) if d.past]

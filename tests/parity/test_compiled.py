@@ -31,6 +31,13 @@ CASES = [
     Case("zero0", 1, "fp32", "llama", overrides=(COMPILE,)),
     Case("zero0", 1, "fp32", overrides=("model.loss_chunks=3", COMPILE)),
     Case("zero3", 2, "bf16", "llama", overrides=("model.loss_chunks=3", COMPILE)),
+    Case("zero1", 1, "fp32", overrides=("model.mlp_chunks=3", COMPILE)),
+    Case(
+        "zero3", 1, "bf16", "llama", checkpoint_activations=True,
+        overrides=(
+            "model.mlp_chunks=3", "model.loss_chunks=3", "model.cpu_checkpointing=true", COMPILE,
+        ),
+    ),
     Case("zero1", 2, "fp32", "llama", checkpoint_activations=True, overrides=(PP2, COMPILE)),
     # 321 words: the ranks' shards of the vocabulary are padded.
     Case(

@@ -53,7 +53,9 @@ LOW_SUMS = "deepspeed.data_types.grad_accum_dtype=null"  # gradients added up in
 WHOLE_MESSAGES = (
     "deepspeed.pipeline.pipe_partitioned=false", "deepspeed.pipeline.grad_partitioned=false",
 )  # fmt: skip
-LOSS_CHUNKS = "model.loss_chunks=3"  # of a sequence that they do not divide
+# Chunks of a sequence that they do not divide.
+LOSS_CHUNKS, MLP_CHUNKS = "model.loss_chunks=3", "model.mlp_chunks=3"
+ON_CPU = "model.cpu_checkpointing=true"
 WHOLE_BLOCKS = "deepspeed.zero_optimization.leaf_module={classes: [Block]}"
 BF16_COPY = (
     "deepspeed.bf16.enabled=true", "deepspeed.torch_autocast.enabled=false",
@@ -100,6 +102,15 @@ SPECIAL = [
     Case("zero3", 2, "bf16", overrides=(LOSS_CHUNKS,), uneven_weights=True),
     Case("zero1", 4, "fp32", "llama", overrides=(TP2, LOSS_CHUNKS)),
     Case("zero2", 2, "fp32", "llama", checkpoint_activations=True, overrides=(LOSS_CHUNKS,)),
+    Case("zero1", 4, "fp32", "llama", overrides=(TP2, MLP_CHUNKS)),
+    Case(
+        "zero3", 2, "bf16", "llama", checkpoint_activations=True, overrides=(MLP_CHUNKS, ON_CPU)
+    ),
+    Case("zero1", 4, "fp32", checkpoint_activations=True, overrides=(TP2, PP2, ON_CPU)),
+    Case(
+        "zero3_offload_cpu", 1, "bf16", "llama", checkpoint_activations=True,
+        overrides=(MLP_CHUNKS, LOSS_CHUNKS, ON_CPU),
+    ),
     Case("zero1", 3, "fp32", "llama", overrides=SIX_HEADS),
     Case("zero0", 3, "bf16", "gpt2", overrides=SIX_HEADS),
     Case("zero1", 4, "fp32", "llama", overrides=(*ONE_KEY, "parallel.sequence=true")),

@@ -13,6 +13,7 @@ from launch.paths import ROOT
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 SEQUENCE = "parallel.sequence=true"
 CHUNKS = "model.loss_chunks=4"
+GRAPHS = "train.cuda_graphs=true"
 
 
 def read(stem: str, *overrides: str, ranks: int = 4) -> dict[str, object]:
@@ -157,6 +158,34 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "a loss in chunks of a cut sequence": (
         "zero1", (TENSOR, SEQUENCE, CHUNKS), r"model.loss_chunks: .* use parallel.sequence=false, or model",
+    ),
+    "an MLP in chunks at a stage's end": (
+        "zero1", (PIPELINE, "model.mlp_chunks=2"), r"model.mlp_chunks: .* use parallel.pipeline=1, or",
+    ),
+    "compiled collectives of an MLP's chunks": (
+        "zero1", (TENSOR, "model.mlp_chunks=2", "train.compile=true"),
+        r"model.mlp_chunks: .* use train.compile=false, or model.mlp_chunks=1",
+    ),
+    "checkpoints on the CPU without checkpoints": (
+        "zero1", ("model.cpu_checkpointing=true",),
+        r"model.cpu_checkpointing: .* model.checkpoint_activations is false; set that to true",
+    ),
+    "graphs of code that is not compiled": (
+        "zero1", (GRAPHS,), r"train.cuda_graphs: .* train.compile is false; set that to true",
+    ),
+    "graphs of blocks whose weights move": (
+        "zero3", (GRAPHS, "train.compile=true"), r"train.cuda_graphs: .* each block by itself; .*zero1",
+    ),
+    "graphs of blocks whose inputs move": (
+        "zero1",
+        (GRAPHS, "train.compile=true", "model.checkpoint_activations=true", "model.cpu_checkpointing=true"),
+        r"train.cuda_graphs: .*zero1.json without parallel.pipeline and model.cpu_checkpointing",
+    ),
+    "graphs of a pipeline": (
+        "zero1", (GRAPHS, "train.compile=true", PIPELINE), r"train.cuda_graphs: .* without parallel.pipe",
+    ),
+    "graphs of a transformers model": (
+        "hf_qwen3_0b6_zero2", (GRAPHS, "train.compile=true"), r"train.cuda_graphs: nothing .* take the key",
     ),
     "compiled collectives of chunks": (
         "zero1", (TENSOR, CHUNKS, "train.compile=true"), r"model.loss_chunks: .* use train.compile=false",

@@ -16,6 +16,18 @@ from models.parallel.grid import Grid
 BLOCKS_AND_LOSS = SIZES["tiny"].layers + 1
 
 
+def compiled(
+    model: nn.Module, stage: int, data: int, cuda_graphs: bool = False
+) -> tuple[mock.Mock, Any]:
+    """`torch.compile`, and the engine's own, as they were called."""
+    engine: Any = SimpleNamespace(
+        module=model, zero_optimization_stage=lambda: stage, compile=mock.Mock()
+    )
+    with mock.patch.object(torch, "compile", side_effect=lambda forward, **_: forward) as parts:
+        compiling.compile_engine(engine, Grid(data=data), cuda_graphs)
+    return parts, engine.compile
+
+
 @pytest.mark.parametrize(
     ("stage", "data", "ours", "whole"),
     [
@@ -29,10 +41,22 @@ BLOCKS_AND_LOSS = SIZES["tiny"].layers + 1
 def test_what_is_compiled(stage: int, data: int, ours: bool, whole: bool) -> None:
     with torch.device("meta"):
         model = GPT(SIZES["tiny"]) if ours else nn.Sequential(nn.Linear(2, 2))
-    engine: Any = SimpleNamespace(
-        module=model, zero_optimization_stage=lambda: stage, compile=mock.Mock()
-    )
-    with mock.patch.object(torch, "compile", side_effect=lambda forward, **_: forward) as parts:
-        compiling.compile_engine(engine, Grid(data=data))
-    assert engine.compile.call_count == whole
+    parts, engine = compiled(model, stage, data)
+    assert engine.call_count == whole
     assert parts.call_count == (0 if whole else BLOCKS_AND_LOSS)
+
+
+def test_checkpoints_on_the_cpu_are_moved_outside_compiled_code() -> None:
+    with torch.device("meta"):
+        model = GPT(SIZES["tiny"], checkpoint_activations=True, cpu_checkpointing=True)
+    parts, engine = compiled(model, 1, 1)
+    assert (parts.call_count, engine.call_count) == (BLOCKS_AND_LOSS, 0)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_graphs_are_the_compilers(graphs: bool) -> None:
+    with torch.device("meta"):
+        model = GPT(SIZES["tiny"])
+    _, engine = compiled(model, 1, 1, graphs)
+    options = engine.call_args.kwargs["compile_kwargs"]["options"] or {}
+    assert options.get("triton.cudagraphs", False) is graphs

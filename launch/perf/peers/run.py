@@ -90,8 +90,9 @@ def _of_another_model(recipe: Recipe) -> str | None:
         return "model.init_from is set"
     if recipe.model.checkpoint_activations:
         return "model.checkpoint_activations is set"
-    if recipe.model.loss_chunks > 1:
-        return "model.loss_chunks is set"
+    for key in ("loss_chunks", "mlp_chunks"):
+        if getattr(recipe.model, key) > 1:
+            return f"model.{key} is set"
     if recipe.data.has_documents:
         return "a row of the data holds several documents"
     return None

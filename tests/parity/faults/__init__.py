@@ -20,10 +20,10 @@ them, and where they are seen instead:
 """
 
 from tests.parity.faults import (
+    chunks,
     clip,
     data,
     hf,
-    loss_chunks,
     model,
     optimizer,
     pipeline,
@@ -35,7 +35,7 @@ from tests.parity.faults import (
     zero_bubble,
 )
 
-KINDS_OF_ONE_MODEL = (model, zero, clip, optimizer, data, loss_chunks, sft)
+KINDS_OF_ONE_MODEL = (model, zero, clip, optimizer, data, chunks, sft)
 ONE_MODEL = [fault for kind in KINDS_OF_ONE_MODEL for fault in kind.FAULTS]
 SHARDED = [
     fault

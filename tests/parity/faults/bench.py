@@ -11,10 +11,11 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from launch.certify.compositions import EPS
+from launch.certify.run import plan_plain_reference
 from launch.config.load import recipe_from_dict
 from launch.parity.compare import compare, key_biases, tolerances_of
 from launch.parity.places import Place, differences
-from launch.parity.run import TrainingRecord, plan_reference, run_layout, run_reference
+from launch.parity.run import TrainingRecord, run_layout, run_reference
 from tests.parity.cases import EPS_KEY
 from tests.parity.faults.seeded import WEIGHTS, Fault, Seeded
 from tests.parity.kinds import axes_of
@@ -108,9 +109,8 @@ class FaultBench:
     def _reference(self, values: dict[str, Any], uneven: bool, steps: int | None) -> Any:
         from launch.parity.recorder import Recorder
 
-        values = {**values, "model": {**values["model"], "checkpoint_activations": False}}
-        plan = plan_reference(recipe_from_dict(values), uneven=uneven)
-        parts = [values[key] for key in ("model", "data", "train")]
+        plan = plan_plain_reference(recipe_from_dict(values), uneven)
+        parts = plan.recipe.model_dump(include={"model", "data", "train"})
         key = repr([parts, uneven, plan.ds_config, steps])
         if key not in self._references:
             recorder = Recorder()
