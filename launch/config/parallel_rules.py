@@ -6,7 +6,7 @@ from launch.errors import UserError
 from models.config import GPTConfig
 
 if TYPE_CHECKING:
-    from launch.config.schema import Recipe
+    from launch.config.schema import GPTModel, Parallel, Recipe
 
 
 def check_parallel(recipe: "Recipe") -> None:
@@ -36,7 +36,8 @@ def check_parallel(recipe: "Recipe") -> None:
     if recipe.model.family == "hf":
         _check_hf(recipe)
         return
-    _check_chunks(recipe)
+    if parallel.pipeline > 1 or parallel.sequence:
+        _check_chunks(recipe)
     if recipe.model.cpu_checkpointing and not recipe.model.checkpoint_activations:
         raise UserError(
             "model.cpu_checkpointing: it moves checkpoints, and model.checkpoint_activations is false; set "
@@ -44,7 +45,7 @@ def check_parallel(recipe: "Recipe") -> None:
         )
     config = recipe.model.shape
     if parallel.tensor > 1 and recipe.train.compile:
-        _check_compiled_tensor(recipe, config)
+        _check_compiled_tensor(parallel, recipe.model)
     if not _divides(config, parallel.tensor):
         fitting = [n for n in range(1, config.heads + 1) if _divides(config, n)]
         near = sorted(fitting, key=lambda n: abs(n - parallel.tensor))[:2]
@@ -67,20 +68,12 @@ def check_parallel(recipe: "Recipe") -> None:
 
 
 def _check_chunks(recipe: "Recipe") -> None:
-    parallel = recipe.parallel
+    whole = "parallel.pipeline=1" if recipe.parallel.pipeline > 1 else "parallel.sequence=false"
     for key in ("mlp_chunks", "loss_chunks"):
-        if getattr(recipe.model, key) == 1:
-            continue
-        if parallel.pipeline > 1 or parallel.sequence:
-            remedy = "parallel.pipeline=1" if parallel.pipeline > 1 else "parallel.sequence=false"
+        if getattr(recipe.model, key) > 1:
             raise UserError(
                 f"model.{key}: chunks of a sequence need a rank that has it whole, from tokens to "
-                f"the loss; use {remedy}, or model.{key}=1"
-            )
-        if recipe.train.compile and parallel.tensor > 1:
-            raise UserError(
-                f"model.{key}: the collectives of two chunks do not depend on each other, and each rank's "
-                f"compiled code may order them otherwise; use train.compile=false, or model.{key}=1"
+                f"the loss; use {whole}, or model.{key}=1"
             )
 
 
@@ -93,17 +86,19 @@ def _divides(config: GPTConfig, tensor: int) -> bool:
     return tensor % config.kv_heads == 0 and config.head_dim % (tensor // config.kv_heads) == 0
 
 
-def _check_compiled_tensor(recipe: "Recipe", config: GPTConfig) -> None:
+def _check_compiled_tensor(parallel: "Parallel", model: "GPTModel") -> None:
     """Compiled code runs collectives in the order of the data that they pass on, and in no other.
 
-    So it may run independent ones, such as the sums of the gradients of two norms, in another order
-    on each rank, and each would get a part of the other.
+    So it may run independent ones, such as the sums of the gradients of two norms or of two chunks, in
+    another order on each rank, and each would get a part of the other.
     """
-    parallel = recipe.parallel
+    config = model.shape
     independent = {
         "parallel.sequence=false": parallel.sequence,
         "model.qk_norm=false": config.qk_norm,
         f"parallel.tensor={config.kv_heads}": parallel.tensor > config.kv_heads,
+        "model.mlp_chunks=1": model.mlp_chunks > 1,
+        "model.loss_chunks=1": model.loss_chunks > 1,
     }
     for remedy, needed in independent.items():
         if needed:

@@ -166,7 +166,9 @@ def test_dry_run(file: Path, hub_model: Path, capsys: pytest.CaptureFixture[str]
     assert f"in {recipe.train.steps} steps" in printed
     if isinstance(recipe.model, GPTModel):
         assert f"parameters: {count_parameters(recipe.model.shape):,} (" in printed
-        assert re.search(r"^memory per rank \(estimate\): [\d.]+ GiB = (weights|gradients) ", printed, re.M)
+        assert re.search(
+            r"^memory per rank \(estimate\): [\d.]+ GiB = (weights|gradients) ", printed, re.M
+        )
 
 
 @each_recipe
