@@ -93,8 +93,8 @@ LEVERS = (
     Lever("compile-off", "no torch.compile", _set("train.compile=false")),
     Lever(
         "graphs-on",
-        "CUDA graphs: the compiled passes are recorded, and launched as one",
-        _set("train.cuda_graphs=true"),
+        "torch.compile with CUDA graphs: a pass is recorded, and launched as one",
+        _set("train.compile=true", "train.cuda_graphs=true"),
     ),
     Lever("graphs-off", "each kernel is launched by itself", _set("train.cuda_graphs=false")),
     Lever(

@@ -56,7 +56,7 @@ def test_each_lever_applies_to_some_recipe() -> None:
         for row in sweep(recipe, 2)[0]
     }
     already = {
-        "compile-off", "recompute-off", "sequence-off", "schedule-1f1b", "overlap-on",
+        "compile-off", "graphs-off", "recompute-off", "sequence-off", "schedule-1f1b", "overlap-on",
         "partition-parameters", "gradients-at-once", "loss-at-once",
     }  # fmt: skip
     assert {lever.name for lever in LEVERS} - applied == already

@@ -104,7 +104,8 @@ def gather_small_weights_at_once(engine: DeepSpeedEngine) -> None:
     Workaround: keep them, and overwrite them with what one message brings. Not where a weight is sent in
         another dtype than its own, a second copy of it is kept on a node, or the partitions are in
         host memory: NCCL sends nothing from there, and DeepSpeed brings each to the GPU.
-    Proof: test_optimizer_step.py::test_small_weights_are_gathered_one_by_one
+    Proof: test_optimizer_step.py::test_small_weights_are_gathered_one_by_one,
+        test_optimizer_step.py::test_weights_in_host_memory_are_left_to_deepspeed
     """
     optimizer = engine.optimizer
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) or optimizer.offload_param:

@@ -219,7 +219,7 @@ def recomputed_without_the_document_mask() -> None:
 
     from models import gpt
 
-    def wrong(block: Any, x: Tensor, inputs: Any, recompute: bool) -> Tensor:
+    def wrong(block: Any, x: Tensor, inputs: Any, recompute: bool, on_cpu: bool) -> Tensor:
         passes = iter((inputs, *(inputs._replace(mask=inputs.mask.tril(-1)),) * 9))
 
         def run(given: Tensor) -> Any:
