@@ -17,7 +17,7 @@ from typing import Any
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import offload_device, zero_stage
-from launch.memory.activations import compiled, precision
+from launch.memory.activations import activations, compiled, precision
 from launch.memory.estimate import bounds_of
 from launch.memory.shapes import count, stage_shapes
 from launch.memory.state import wrapper
@@ -189,8 +189,10 @@ def step_time(
     sent = traffic(recipe, layout, ds_config, parameters, links(layout, card, hosts, network_gbs))
     transfer, update = _offload(ds_config, card, parameters, grid["data"], grid.world_size // hosts)
     if recipe.model.cpu_checkpointing:
-        blocks, tokens = config.layers / stages, layout.micro_batch * recipe.data.sequence_length
-        checkpoints = precision(ds_config).stream * config.hidden * blocks * tokens * m
+        checkpoints = m * max(
+            activations(recipe, layout, ds_config, first, last).on_host
+            for first, last in pairwise(bounds_of(config, stages, recipe.parallel.partition))
+        )
         transfer += COST["host"] * 2.0 * checkpoints / (card.host_gbs * 1e9)  # there and back
     return StepTime(
         compute=busy,

@@ -50,10 +50,11 @@ def compile_engine(engine: DeepSpeedEngine, grid: Grid, cuda_graphs: bool = Fals
             "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
         }
     parts = [m for m in engine.module.modules() if isinstance(m, (Block, Loss))]
+    settings: dict[str, Any] = {"options": options or None}
     on_cpu = getattr(engine.module, "cpu_checkpointing", False)
     if not parts or compiled_as_whole(grid, engine.zero_optimization_stage(), on_cpu):
-        engine.compile(compile_kwargs={"options": options or None})
+        engine.compile(compile_kwargs=settings)
         return
     for part in parts:
         # Set on the instance, where nn.Module calls it; `module.compile()` includes hooks.
-        object.__setattr__(part, "forward", torch.compile(part.forward, options=options or None))
+        object.__setattr__(part, "forward", torch.compile(part.forward, **settings))

@@ -31,11 +31,9 @@ RECORDED = {  # ranks, ZeRO stage, overrides
 }
 
 
-@pytest.mark.parametrize("layout", RECORDED)
+@pytest.mark.parametrize("layout", [name for name, (n, _, _) in RECORDED.items() if n in RANKS])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuda_graphs_equal_one_gpu(family: str, layout: str, bench: Workbench) -> None:
     ranks, stage, overrides = RECORDED[layout]
-    if torch.cuda.device_count() < ranks:
-        pytest.skip("two GPUs")
     case = Case(f"zero{stage}", ranks, "bf16", family, 2, overrides=(*GRAPHS, *overrides))
     assert not [d for d in bench.compare(case) if d.past]

@@ -189,7 +189,7 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "compiled collectives of chunks": (
         "zero1", (TENSOR, CHUNKS, "train.compile=true"),
-        r"train.compile: .* do not depend on each other, .* use model.loss_chunks=1, or train.compile",
+        r"train.compile: .* not depend on each other, .* use model.loss_chunks=1, or train.compile=false",
     ),
     "modules gathered whole for their size": (
         "zero3", ("deepspeed.zero_optimization.stage3_module_granularity_threshold=1e9",),
