@@ -26,7 +26,9 @@ def compile_engine(engine: DeepSpeedEngine, grid: Grid, cuda_graphs: bool = Fals
 
     - ZeRO 0 to 2: the whole model, loss included. With `cuda_graphs`, its forward and its backward pass
       are recorded once, and launched as one after that: weights, inputs and activations keep their
-      places. A graph has one shape, so the growing text of a sample runs without.
+      places. A graph has one shape, so the growing text of a sample runs without. A pass is recorded whole
+      or not at all: cut into pieces at what it takes for dynamic sizes, torch 2.11 lost the value of a loss
+      in chunks, and stopped with recomputed blocks.
     - A pipeline and ZeRO-3: each block, and the loss. DeepSpeed's hooks, which gather a block's weights
       before it and release them after it, run outside the compiled code: torch must not trace them.
     - ZeRO-2 on several ranks likewise: the gradients of a model compiled as a whole all come at the end
@@ -42,7 +44,11 @@ def compile_engine(engine: DeepSpeedEngine, grid: Grid, cuda_graphs: bool = Fals
     """
     options: dict[str, Any] = {}
     if cuda_graphs:
-        options |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+        options |= {
+            "triton.cudagraphs": True,
+            "triton.cudagraph_skip_dynamic_graphs": True,
+            "graph_partition": False,
+        }
     if grid["tensor"] > 1:
         options |= {
             "emulate_precision_casts": True,

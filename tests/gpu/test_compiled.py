@@ -25,7 +25,10 @@ GRAPHS = ("train.compile=true", "train.cuda_graphs=true", "data.source=python-st
 RECORDED = {  # ranks, ZeRO stage, overrides
     "one GPU": (1, 1, ()),
     "ZeRO-2 on one GPU": (1, 2, ()),
-    "recomputed": (1, 1, ("model.checkpoint_activations=true", "model.mlp_chunks=3")),
+    "recomputed": (1, 1, ("model.checkpoint_activations=true",)),
+    "MLP in chunks": (1, 1, ("model.mlp_chunks=3",)),
+    "both": (1, 1, ("model.checkpoint_activations=true", "model.mlp_chunks=3")),
+    "loss in chunks": (1, 1, ("model.loss_chunks=3",)),
     "data 2": (2, 1, ()),
     "tensor 2": (2, 1, ("parallel.tensor=2",)),
 }

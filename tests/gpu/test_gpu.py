@@ -74,20 +74,29 @@ def test_cuda_graphs_record_evaluate_and_sample(tmp_path: Path) -> None:
     assert (tmp_path / "sample.txt").read_text().startswith("def ")
 
 
-@pytest.mark.parametrize("on_cpu", [False, True])
-def test_checkpoints_leave_the_gpu_until_the_backward_pass(on_cpu: bool) -> None:
-    gradients = []
-    for kept_there in (False, on_cpu):
-        with torch.device("cuda"):
-            model = GPT(SIZES["tiny"], checkpoint_activations=True, cpu_checkpointing=kept_there)
-        initialize(model, 1)
-        tokens = torch.zeros(64, SIZES["tiny"].context + 1, dtype=torch.int64, device="cuda")
+def kept_on_the_gpu(cpu_checkpointing: bool) -> tuple[int, torch.Tensor]:
+    with torch.device("cuda"):
+        model = GPT(
+            SIZES["tiny"], checkpoint_activations=True, cpu_checkpointing=cpu_checkpointing
+        ).train()
+    initialize(model, 1)
+    tokens = torch.zeros(64, SIZES["tiny"].context + 1, dtype=torch.int64, device="cuda")
+    # Twice: the first pass also allocates what the libraries keep.
+    for _ in range(2):
+        model.zero_grad()
         before = torch.cuda.memory_allocated()
-        loss = model.train()(tokens[:, :-1], tokens[:, 1:])
-        there = torch.cuda.memory_allocated() - before
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        kept = torch.cuda.memory_allocated() - before
         loss.backward()
-        gradients.append((there, model.embedding.token.weight.grad))
-    (all_there, expected), (some, found) = gradients
+    gradient = model.embedding.token.weight.grad
+    assert gradient is not None
+    return kept, gradient
+
+
+def test_checkpoints_leave_the_gpu_until_the_backward_pass() -> None:
+    there, expected = kept_on_the_gpu(False)
+    elsewhere, found = kept_on_the_gpu(True)
     one = 4 * SIZES["tiny"].hidden * 64 * SIZES["tiny"].context
-    assert all_there - some == (one * SIZES["tiny"].layers if on_cpu else 0)
-    torch.testing.assert_close(found, expected)
+    assert there - elsewhere == one * SIZES["tiny"].layers
+    # Sums of a gradient's parts by atomic operations differ from run to run.
+    assert (found - expected).norm() < 1e-5 * expected.norm()

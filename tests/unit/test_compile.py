@@ -60,3 +60,4 @@ def test_graphs_are_the_compilers(graphs: bool) -> None:
     _, engine = compiled(model, 1, 1, graphs)
     options = engine.call_args.kwargs["compile_kwargs"]["options"] or {}
     assert options.get("triton.cudagraphs", False) is graphs
+    assert options.get("graph_partition", True) is not graphs
