@@ -173,8 +173,9 @@ def step_time(
     assert isinstance(recipe.model, GPTModel)
     config, grid, m = recipe.model.shape, layout.grid, layout.accumulation
     stages = grid["pipeline"]
+    ranges = list(pairwise(bounds_of(config, stages, recipe.parallel.partition)))
     slowest, parameters = 0.0, 0
-    for first, last in pairwise(bounds_of(config, stages, recipe.parallel.partition)):
+    for first, last in ranges:
         work = device_terms(recipe, layout, ds_config, card, first, last)
         slowest = max(slowest, sum(COST[name] * value for name, value in work.items()))
         parameters = max(parameters, count(stage_shapes(config, grid["tensor"], first, last)))
@@ -190,8 +191,7 @@ def step_time(
     transfer, update = _offload(ds_config, card, parameters, grid["data"], grid.world_size // hosts)
     if recipe.model.cpu_checkpointing:
         checkpoints = m * max(
-            activations(recipe, layout, ds_config, first, last).on_host
-            for first, last in pairwise(bounds_of(config, stages, recipe.parallel.partition))
+            activations(recipe, layout, ds_config, first, last).on_host for first, last in ranges
         )
         transfer += COST["host"] * 2.0 * checkpoints / (card.host_gbs * 1e9)  # there and back
     return StepTime(

@@ -93,10 +93,13 @@ def kept_on_the_gpu(cpu_checkpointing: bool) -> tuple[int, torch.Tensor]:
     return kept, gradient
 
 
-def test_checkpoints_leave_the_gpu_until_the_backward_pass() -> None:
-    there, expected = kept_on_the_gpu(False)
-    elsewhere, found = kept_on_the_gpu(True)
-    one = 4 * SIZES["tiny"].hidden * 64 * SIZES["tiny"].context
-    assert there - elsewhere == one * SIZES["tiny"].layers
-    # Sums of a gradient's parts by atomic operations differ from run to run.
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_checkpoints_leave_the_gpu_until_the_backward_pass(on_cpu: bool) -> None:
+    all_there, expected = kept_on_the_gpu(False)
+    some, found = kept_on_the_gpu(on_cpu)
+    rows = 64 * SIZES["tiny"].context
+    one = 4 * SIZES["tiny"].hidden * rows
+    assert all_there - some == (one * SIZES["tiny"].layers if on_cpu else 0)
+    # One row of the gradient is a sum over all tokens, which fp32 knows to sqrt(rows) * eps.
+    rtol = rows**0.5 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-5)
