@@ -10,6 +10,10 @@ travel with the residual stream, because attention on every stage needs them.
 
 A tied output projection reuses the token embedding. If the two are on different stages, each stage
 has a copy, and DeepSpeed sums the copies' gradients before the step (`TiedLayerSpec`).
+
+With several model chunks a stage (the interleaved schedule), the chain has as many parts for each
+stage, and part n is chunk n // stages of stage n % stages: a micro batch goes round the stages once
+for each chunk.
 """
 
 from collections.abc import Iterator
@@ -33,7 +37,7 @@ from models.parallel.tensor_parallel import (
 )
 from models.parallel.topology import TensorParallel
 from models.parallel.weight_gradients import WeightGradients
-from models.pipeline_stages import stage_bounds
+from models.pipeline_stages import stage_chunks
 
 _TIED_KEY = "token"
 TIED_PARAMETER = "embedding.token.weight"  # its name in the whole model
@@ -81,8 +85,12 @@ class GPTPipeline(PipelineModule):
     The order of passes is in `pipeline_schedules.py`. Parameters are uninitialised;
     `canonical_parameters` gives them their single-device names.
 
+    Attributes:
+        model_chunks: how many parts of the chain each stage has.
+        chunk: the one that runs, from 0; None: the stage as a whole.
+
     Raises:
-        ValueError: as `stage_bounds`.
+        ValueError: as `stage_chunks`.
     """
 
     def __init__(
@@ -93,9 +101,12 @@ class GPTPipeline(PipelineModule):
         partition: str = "parameters",
         checkpoint_activations: bool = False,
         cpu_checkpointing: bool = False,
+        model_chunks: int = 1,
     ) -> None:
         # Only plain values before nn.Module.__init__; PipelineModule's own partitions and builds.
-        self.bounds = stage_bounds(config, grid["pipeline"], partition)
+        self.model_chunks = model_chunks
+        self.chunks_of_stages = stage_chunks(config, grid["pipeline"], partition, model_chunks)
+        self.chunk: int | None = None
         self.config, self.tp = config, tp
         self.checkpoint_activations = checkpoint_activations
         self.cpu_checkpointing = cpu_checkpointing
@@ -108,26 +119,35 @@ class GPTPipeline(PipelineModule):
         )
         self.summed_loss = Loss(config, tp)
 
+    def at_start(self) -> bool:
+        """Whether what runs begins with the token embedding."""
+        return self.stage_id == 0 and not self.chunk
+
+    def at_end(self) -> bool:
+        """Whether what runs ends with the logits."""
+        last = self.model_chunks - 1
+        return self.stage_id == self.num_stages - 1 and self.chunk in (None, last)
+
     def forward(self, sent: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """Run this stage's layers; replaces DeepSpeed's own loop over them.
+        """Run this stage's layers, or those of `chunk`; replaces DeepSpeed's own loop over them.
 
         The input is token ids `[batch, sequence]` or the residual stream
         `[batch, sequence, hidden]` (sequence / ranks with sequence parallelism), plus positions
-        `[batch, sequence]` if rows hold several documents. The stage passes both on; the last stage
+        `[batch, sequence]` if rows hold several documents. The stage passes both on; the chain's end
         returns logits `[batch, sequence, ceil(vocab / ranks)]`.
         """
         x, positions = sent if isinstance(sent, tuple) else (sent, None)
-        shards = self.tp.size if self.tp.sequence_parallel and self.stage_id > 0 else 1
+        shards = self.tp.size if self.tp.sequence_parallel and not self.at_start() else 1
         inputs = attention_inputs(self.config, x.shape[1] * shards, positions, x.device)
         recompute = self.checkpoint_activations and self.training
-        for layer in self.forward_funcs:
+        for layer in self.forward_funcs[self._spans[self.chunk or 0]]:
             if isinstance(layer, Block):
                 x = run_block(layer, x, inputs, recompute, self.cpu_checkpointing)
             elif isinstance(layer, Position):
                 x = layer(x, positions)
             else:
                 x = layer(x)
-        if positions is None or self.stage_id == self.num_stages - 1:
+        if positions is None or self.at_end():
             return x
         return x, positions
 
@@ -149,11 +169,29 @@ class GPTPipeline(PipelineModule):
         total: Tensor = self.summed_loss(logits, labels, weights[0] if weights else None)
         return total / denominator
 
+    def stage_owner(self, layer_idx: int) -> int:
+        """The stage that runs a layer of the chain."""
+        return next(
+            stage
+            for stage, chunks in enumerate(self.chunks_of_stages)
+            if any(first <= layer_idx < last for first, last in chunks)
+        )
+
     def _partition_layers(self, method: str = "") -> None:
         # DeepSpeed's version builds every layer of the model on every rank to count its parameters.
-        self.parts = self.bounds
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+        chunks = self.chunks_of_stages[self.stage_id]
+        self._set_bounds(start=chunks[0][0], stop=chunks[-1][1])
+
+    def _build(self) -> None:
+        # DeepSpeed's version builds one range of layers; each chunk is one.
+        self._spans: list[slice] = []
+        whole = self._local_start, self._local_stop
+        for first, last in self.chunks_of_stages[self.stage_id]:
+            built = len(self.forward_funcs)
+            self._set_bounds(start=first, stop=last)
+            super()._build()
+            self._spans.append(slice(built, len(self.forward_funcs)))
+        self._set_bounds(*whole)
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This stage's parameters by their single-device names.

@@ -8,6 +8,8 @@ micro batches' activations are alive at once. With p stages and m micro batches:
     zb-h1      (p - 1) / (3 m + p - 1)    at most p - s, and s that wait for W; m >= p
     gpipe      (p - 1) / (m + p - 1)      m                     arXiv:1811.06965
     naive      (p - 1) / p                1
+    interleaved, with v model chunks a stage
+               (p - 1) / (v m + p - 1)    2 (p - s) - 1 + (v - 1) p passes of one chunk
 
 For p = 3, m = 4 (numbers: forward passes; letters: backward passes, assumed to take as long):
 
@@ -42,6 +44,8 @@ from deepspeed.runtime.pipe.schedule import (
     SendGrad,
     TrainSchedule,
 )
+
+from models.pipeline_stages import interleaved_passes
 
 Instructions = list[PipeInstruction]
 
@@ -143,9 +147,88 @@ class ZeroBubbleSchedule(TrainSchedule):
             yield [*passes, *(WeightPass() for _ in range(waiting if end else 0)), *end]
 
 
+class StartChunk(PipeInstruction):
+    """The next passes and messages are those of this model chunk; None: the stage's as a whole."""
+
+
+class InterleavedSchedule(PipeSchedule):
+    """1F1B with several model chunks a stage, through which a micro batch goes in turn.
+
+    The pipeline fills and drains in passes of one chunk, so that a stage idles for 1 / v of 1F1B's
+    time, with v chunks (arXiv:2104.04473, section 2.2). Each micro batch travels v times as far.
+    """
+
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, model_chunks: int) -> None:
+        super().__init__(micro_batches, stages, stage_id)
+        self.model_chunks = model_chunks
+
+    def steps(self) -> Iterator[Instructions]:
+        """The instructions of one optimizer step, a pass at a time."""
+        order = interleaved_passes(
+            self.stages, self.stage_id, self.micro_batches, self.model_chunks
+        )
+        for backward, chunk, micro_batch in order:
+            buffer = chunk * self.micro_batches + micro_batch
+            yield self._backward(chunk, buffer) if backward else self._forward(chunk, buffer)
+        yield [StartChunk(chunk=None), ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
+
+    def _forward(self, chunk: int, buffer: int) -> Instructions:
+        first, last = self._ends(chunk)
+        todo: Instructions = [StartChunk(chunk=chunk)]
+        if not first:
+            todo.append(RecvActivation(buffer))
+        if first or last:
+            todo.append(LoadMicroBatch(buffer))
+        return [*todo, ForwardPass(buffer), KeepLoss(buffer) if last else SendActivation(buffer)]
+
+    def _backward(self, chunk: int, buffer: int) -> Instructions:
+        first, last = self._ends(chunk)
+        todo: Instructions = [StartChunk(chunk=chunk)]
+        todo += [TakeLoss(buffer) if last else RecvGrad(buffer), BackwardPass(buffer)]
+        return todo if first else [*todo, SendGrad(buffer)]
+
+    def _ends(self, chunk: int) -> tuple[bool, bool]:
+        """Whether a chunk of this stage is the chain's first part, and its last."""
+        return (
+            self.is_first_stage and chunk == 0,
+            self.is_last_stage and chunk == self.model_chunks - 1,
+        )
+
+    def num_pipe_buffers(self) -> int:
+        """A place for each micro batch in each chunk; it is empty after the backward pass."""
+        return int(self.micro_batches) * self.model_chunks
+
+
+class InterleavedInference(InterleavedSchedule):
+    """Forward passes alone, of any number of micro batches."""
+
+    def steps(self) -> Iterator[Instructions]:
+        """The instructions of all passes, a pass at a time."""
+        for start in range(0, self.micro_batches, self.stages):
+            group = min(self.stages, self.micro_batches - start)
+            for chunk in range(self.model_chunks):
+                for _ in range(group):
+                    yield [one for one in self._forward(chunk, 0) if not isinstance(one, KeepLoss)]
+        yield [StartChunk(chunk=None)]
+
+    def num_pipe_buffers(self) -> int:
+        """One buffer: what was sent is not needed again."""
+        return 1
+
+
+# Those of one model chunk a stage.
 SCHEDULES: dict[str, type[PipeSchedule]] = {
     "1f1b": TrainSchedule,
     "zb-h1": ZeroBubbleSchedule,
     "gpipe": GPipeSchedule,
     "naive": NaiveSchedule,
 }
+
+
+def train_schedule(
+    name: str, micro_batches: int, stages: int, stage: int, model_chunks: int = 1
+) -> PipeSchedule:
+    """A stage's schedule of this name, for stages of so many model chunks."""
+    if name == "interleaved":
+        return InterleavedSchedule(micro_batches, stages, stage, model_chunks)
+    return SCHEDULES[name](micro_batches, stages, stage)

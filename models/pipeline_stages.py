@@ -5,13 +5,49 @@ Imports neither torch nor DeepSpeed: a layout can be planned without them.
 
 import re
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
+from typing import NamedTuple
 
 from models.config import GPTConfig, flops_by_layer, parameters_by_layer
 
 
-def ideal_bubble(schedule: str, stages: int, micro_batches: int) -> float:
+class ChunkPass(NamedTuple):
+    """A pass of one micro batch through one of a stage's model chunks."""
+
+    backward: bool
+    chunk: int
+    micro_batch: int
+
+
+def interleaved_passes(
+    stages: int, stage: int, micro_batches: int, model_chunks: int
+) -> list[ChunkPass]:
+    """The order of a stage's passes in the interleaved schedule (arXiv:2104.04473, section 2.2).
+
+    Micro batches go round in groups of `stages`, of which `micro_batches` is a multiple: a chunk takes
+    the whole group, then the next chunk does. Backward passes take the chunks from last to first.
+    """
+    total = model_chunks * micro_batches
+
+    def turn(number: int) -> tuple[int, int]:
+        group, place = divmod(number, stages * model_chunks)
+        return place // stages, group * stages + place % stages
+
+    # A gradient comes back to this stage after (model_chunks - 1) rounds of a group, and the way to the
+    # last stage and back. So many forward passes fill the time; then the two kinds take turns.
+    ahead = min(2 * (stages - 1 - stage) + (model_chunks - 1) * stages, total)
+    found = []
+    for number in range(total + ahead):
+        if number < total:
+            found.append(ChunkPass(False, *turn(number)))
+        if number >= ahead:
+            chunk, micro_batch = turn(number - ahead)
+            found.append(ChunkPass(True, model_chunks - 1 - chunk, micro_batch))
+    return found
+
+
+def ideal_bubble(schedule: str, stages: int, micro_batches: int, model_chunks: int = 1) -> float:
     """A stage's idle share of a step, if messages take no time and all passes equally long.
 
     A backward pass may take any multiple of a forward pass, but for zb-h1, where its two parts take
@@ -29,6 +65,7 @@ def ideal_bubble(schedule: str, stages: int, micro_batches: int) -> float:
     return {
         "zb-h1": idle / (3 * micro_batches + idle),
         "1f1b": (stages - 1) / (micro_batches + stages - 1),
+        "interleaved": (stages - 1) / (model_chunks * micro_batches + stages - 1),
         "gpipe": (stages - 1) / (micro_batches + stages - 1),
         "naive": (stages - 1) / stages,
     }[schedule]
@@ -76,6 +113,21 @@ def stage_bounds(config: GPTConfig, stages: int, partition: str) -> list[int]:
     return bounds
 
 
+def stage_chunks(
+    config: GPTConfig, stages: int, partition: str, model_chunks: int = 1
+) -> list[list[tuple[int, int]]]:
+    """The model chunks of each stage: of each, its first layer and the one behind its last.
+
+    The chain is split into `stages * model_chunks` parts, and part n is on stage n % stages
+    (arXiv:2104.04473, section 2.2).
+
+    Raises:
+        ValueError: as `stage_bounds`; what it calls a stage is a part then.
+    """
+    parts = list(pairwise(stage_bounds(config, stages * model_chunks, partition)))
+    return [parts[stage::stages] for stage in range(stages)]
+
+
 @lru_cache(maxsize=64)
 def _balanced(sizes: tuple[int, ...], stages: int) -> tuple[int, ...]:
     """`balanced_bounds`, computed once: a planner asks for the same ones many times."""
@@ -94,6 +146,21 @@ def micro_batches_waiting(schedule: str, stages: int, stage: int, micro_batches:
     if schedule != "zb-h1":
         return 0
     return min(stage, micro_batches - micro_batches_alive(schedule, stages, stage, micro_batches))
+
+
+def chunk_passes_alive(
+    stages: int, stage: int, micro_batches: int, model_chunks: int
+) -> set[tuple[int, tuple[int, ...]]]:
+    """What an interleaved stage holds while a pass runs: its chunk, and the passes alive of each chunk.
+
+    The pass that runs is among them. Each of these occurs in a step.
+    """
+    alive, found = [0] * model_chunks, set()
+    for backward, chunk, _ in interleaved_passes(stages, stage, micro_batches, model_chunks):
+        alive[chunk] += not backward
+        found.add((chunk, tuple(alive)))
+        alive[chunk] -= backward
+    return found
 
 
 def uniform_bounds(layers: int, stages: int) -> list[int]:

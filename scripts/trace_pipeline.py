@@ -73,7 +73,9 @@ def show(
     console.print(live_table(traced.runs))
     print(f"device: {traced.device}; {ranks} ranks, {cores} usable cores")
     if traced.device != "cpu":
-        print("the device was synchronized around every instruction, which costs some overlap")
+        print(
+            "the passes' stream was synchronized around every instruction, which costs some overlap"
+        )
     elif ranks > cores:
         print(
             f"{ranks} ranks share {cores} cores: passes, and so the measured bubble, include waiting for "
@@ -116,7 +118,10 @@ def schedules_of(text: str | None, recipe: Recipe) -> list[str]:
     """
     known: list[str] = list(get_args(Parallel.model_fields["schedule"].annotation))
     if text is None:
-        return [name for name in known if name != "zb-h1" or not recipe.train.compile]
+        if recipe.parallel.model_chunks > 1:
+            return [recipe.parallel.schedule]
+        out = ("interleaved", "zb-h1") if recipe.train.compile else ("interleaved",)
+        return [name for name in known if name not in out]
     for name in text.split(","):
         if name not in known:
             raise UserError(f"--schedules: no schedule '{name}'; they are {', '.join(known)}")
@@ -133,7 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="default: one pipeline, tensor x pipeline ranks"
     )
-    parser.add_argument("--schedules", metavar="S,S", help="default: 1f1b,zb-h1,gpipe,naive")
+    parser.add_argument(
+        "--schedules",
+        metavar="S,S",
+        help="default: 1f1b,zb-h1,gpipe,naive; of a recipe with model chunks: interleaved",
+    )
     parser.add_argument(
         "--micro-batches", default="2,4,8,16", metavar="M,M", help="default: 2,4,8,16"
     )

@@ -186,16 +186,26 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
             "pipeline: with pipe_partitioned and grad_partitioned unequal, DeepSpeed stops or hangs; "
             "set both to the same value, or take both out"
         )
-    if recipe.parallel.sequence:
+    chunks, stages = recipe.parallel.model_chunks, layout.grid["pipeline"]
+    if recipe.parallel.sequence or chunks > 1:
+        reason = (
+            "with parallel.sequence, what stages send is sharded over the tensor ranks already"
+            if recipe.parallel.sequence
+            else "stages with several model chunks send the whole of what tensor ranks have"
+        )
         for key in ("pipe_partitioned", "grad_partitioned"):
             if settings.get(key):
-                raise UserError(
-                    f"pipeline.{key}: with parallel.sequence, what stages send is sharded over the tensor "
-                    "ranks already; take the key out"
-                )
+                raise UserError(f"pipeline.{key}: {reason}; take the key out")
+    if chunks > 1 and layout.accumulation % stages:
+        up = -(-layout.accumulation // stages) * stages * layout.micro_batch * layout.grid["data"]
+        raise UserError(
+            f"parallel.schedule: interleaved takes micro batches in groups of {stages}, one a stage, and "
+            f"a step has {layout.accumulation}; use train.global_batch_size={up}, or "
+            "parallel.schedule=1f1b parallel.model_chunks=1"
+        )
     model: Any = recipe.model
     try:
-        bounds = stage_bounds(model.shape, layout.grid["pipeline"], recipe.parallel.partition)
+        bounds = stage_bounds(model.shape, stages * chunks, recipe.parallel.partition)
     except ValueError as error:
         raise UserError(
             f"parallel.partition: {error}; use parameters, flops, uniform or type:block, or fewer stages"

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from launch.config.schema import GPTModel, Parallel, Recipe
 
 
+_OF_A_PIPELINE = {"schedule": "1f1b", "model_chunks": 1, "partition": "parameters"}
+
+
 def check_parallel(recipe: "Recipe") -> None:
     """Check the model's sizes against the degrees of parallelism. Needs only the recipe.
 
@@ -17,12 +20,18 @@ def check_parallel(recipe: "Recipe") -> None:
     """
     parallel = recipe.parallel
     if parallel.pipeline == 1:
-        for key, default in (("schedule", "1f1b"), ("partition", "parameters")):
+        for key, default in _OF_A_PIPELINE.items():
             if getattr(parallel, key) != default:
                 raise UserError(
                     f"parallel.{key}: it orders a pipeline, and parallel.pipeline is 1; set that to "
                     "the number of stages, or take the key out"
                 )
+    if (parallel.schedule == "interleaved") != (parallel.model_chunks > 1):
+        raise UserError(
+            f"parallel.model_chunks: the interleaved schedule runs 2 or more on each stage, others 1, and "
+            f"this is {parallel.model_chunks} with {parallel.schedule}; use parallel.schedule=interleaved "
+            "parallel.model_chunks=2, or take both out"
+        )
     if parallel.schedule == "zb-h1" and recipe.train.compile:
         raise UserError(
             "train.compile: a compiled block's backward pass computes all its gradients at once, and "
@@ -58,6 +67,11 @@ def check_parallel(recipe: "Recipe") -> None:
         raise UserError(
             f"parallel.pipeline: {parallel.pipeline} stages are more than the model's {config.layers} "
             f"layers; use {config.layers} or fewer"
+        )
+    if (parts := parallel.pipeline * parallel.model_chunks) > config.layers:
+        raise UserError(
+            f"parallel.model_chunks: {parallel.pipeline} stages of {parallel.model_chunks} chunks are "
+            f"{parts} parts, more than the model's {config.layers} layers; use fewer of either"
         )
     if parallel.sequence and recipe.data.sequence_length % parallel.tensor:
         length = recipe.data.sequence_length // parallel.tensor * parallel.tensor

@@ -145,14 +145,16 @@ class Parallel(_Block):
 
     `sequence` is Megatron's sequence parallelism over the tensor ranks. `schedule` orders the
     pipeline's passes (`models/pipeline_schedules.py`), and `partition` splits its layers into
-    stages: parameters, flops, uniform or type:REGEX (`models/pipeline_stages.py`). Every axis of
-    `models/parallel/grid.py` except the data axis has a field of the same name.
+    stages: parameters, flops, uniform or type:REGEX (`models/pipeline_stages.py`). With the interleaved
+    schedule, each stage has `model_chunks` parts of the model. Every axis of `models/parallel/grid.py`
+    except the data axis has a field of the same name.
     """
 
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     sequence: bool = False
-    schedule: Literal["1f1b", "zb-h1", "gpipe", "naive"] = "1f1b"
+    schedule: Literal["1f1b", "interleaved", "zb-h1", "gpipe", "naive"] = "1f1b"
+    model_chunks: PositiveInt = 1
     partition: str = "parameters"
 
     def degrees(self) -> dict[str, int]:

@@ -7,13 +7,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, PipeSchedule, RecvGrad, ReduceTiedGrads
 
 from models.parallel.weight_gradients import WeightGradients
-from models.pipeline_schedules import (
-    SCHEDULES,
-    KeepLoss,
-    TakeLoss,
-    WeightPass,
-    ZeroBubbleSchedule,
-)
+from models.pipeline_schedules import KeepLoss, TakeLoss, WeightPass, train_schedule
 
 
 def sum_tied_gradients_where_they_are(engine: PipelineEngine) -> None:
@@ -37,7 +31,7 @@ def sum_tied_gradients_where_they_are(engine: PipelineEngine) -> None:
 
 
 def use_schedule(engine: PipelineEngine, name: str) -> None:
-    """Make an engine run the schedule of this name, one of `SCHEDULES`, in `train_batch`.
+    """Make an engine run the schedule of this name, one of `parallel.schedule`, in `train_batch`.
 
     Defect: the engine keeps one loss, that of the last forward pass. A schedule whose backward pass does
         not follow at once starts it from the wrong loss. The engine also keeps the logits of every
@@ -47,8 +41,10 @@ def use_schedule(engine: PipelineEngine, name: str) -> None:
     Proof: test_pipeline.py::test_engine_keeps_one_loss_and_all_logits
     """
 
-    def train_schedule(self: PipelineEngine) -> PipeSchedule:
-        return SCHEDULES[name](self.micro_batches, self.num_stages, self.stage_id)
+    def schedule(self: PipelineEngine) -> PipeSchedule:
+        return train_schedule(
+            name, self.micro_batches, self.num_stages, self.stage_id, self.module.model_chunks
+        )
 
     def keep_loss(self: PipelineEngine, buffer_id: int) -> None:
         self.pipe_buffers["losses"][buffer_id] = self.loss
@@ -58,7 +54,7 @@ def use_schedule(engine: PipelineEngine, name: str) -> None:
         self.pipe_buffers["losses"][buffer_id] = None
         self.pipe_buffers["outputs"][buffer_id] = None
 
-    engine._train_schedule = MethodType(train_schedule, engine)
+    engine._train_schedule = MethodType(schedule, engine)
     engine._INSTRUCTION_MAP = {
         **engine._INSTRUCTION_MAP,
         **{kind: type(engine)._INSTRUCTION_MAP[kind] for kind in (RecvGrad, BackwardPass)},
@@ -67,7 +63,7 @@ def use_schedule(engine: PipelineEngine, name: str) -> None:
     }
     engine.pipe_buffers["losses"] = [None] * engine.num_pipe_buffers
     engine.module.split_backward(None)
-    if issubclass(SCHEDULES[name], ZeroBubbleSchedule):
+    if name == "zb-h1":
         run_weight_passes(engine)
 
 

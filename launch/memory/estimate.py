@@ -10,16 +10,13 @@ has their measured sizes), and the gaps that the allocator leaves between tensor
 """
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
+from launch.memory.chunks import chunks_of_stages, running_passes
 from launch.memory.moments import Parts, Step
 from launch.memory.shapes import count
-from models.config import GPTConfig
-from models.pipeline_stages import stage_bounds
 
 GIB = 2**30
 
@@ -79,26 +76,19 @@ def estimate_stages(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -
     """The memory of a rank of each pipeline stage; as `estimate`."""
     assert isinstance(recipe.model, GPTModel)
     found = []
-    bounds = bounds_of(recipe.model.shape, layout.grid["pipeline"], recipe.parallel.partition)
-    for stage, (first, last) in enumerate(pairwise(bounds)):
-        step = Step.of(recipe, layout, ds_config, stage, first, last)
-        moments = step.moments()
-        moment = max(moments, key=lambda name: moments[name].total)
-        parameters = count(step.shapes)
+    stages = chunks_of_stages(recipe.model.shape, layout.grid["pipeline"], recipe.parallel)
+    for stage, chunks in enumerate(stages):
+        # A stage's only chunk is the one that always runs.
+        steps = [
+            Step.of(recipe, layout, ds_config, stage, chunks, running)
+            for running in running_passes(recipe, layout, stage)
+        ]
+        peaks = [max(step.moments().items(), key=lambda item: item[1].total) for step in steps]
+        step, (moment, parts) = max(
+            zip(steps, peaks, strict=True), key=lambda pair: pair[1][1].total
+        )
         host = dict(step.state.host)
-        if step.kept.on_host:
-            host["checkpoints"] = int(step.alive * step.kept.on_host)
-        found.append(StageMemory(stage, parameters, moment, moments[moment], host))
+        if checkpoints := max(step.on_host for step in steps):
+            host["checkpoints"] = int(checkpoints)
+        found.append(StageMemory(stage, count(step.shapes), moment, parts, host))
     return found
-
-
-@lru_cache(maxsize=256)
-def bounds_of(config: GPTConfig, stages: int, partition: str) -> tuple[int, ...]:
-    """The bounds of the pipeline's stages; of one stage, the whole chain.
-
-    Raises:
-        ValueError: as `models.pipeline_stages.stage_bounds`.
-    """
-    if stages == 1:
-        return 0, config.layers + 4
-    return tuple(stage_bounds(config, stages, partition))

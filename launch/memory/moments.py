@@ -8,10 +8,11 @@ from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import zero_block, zero_stage
 from launch.memory.activations import Activations, activations, compiled, precision
+from launch.memory.chunks import Running, bytes_elsewhere
 from launch.memory.gathered import Gathered, gathered
 from launch.memory.shapes import Shape, count, stage_shapes
 from launch.memory.state import State, state, wrapper
-from models.pipeline_stages import micro_batches_alive, micro_batches_waiting
+from models.pipeline_stages import micro_batches_waiting
 
 # Workspaces that cuBLAS takes from torch's allocator on an H100 or H200: 32 MiB for each of the two
 # threads that run kernels (the forward and the backward pass).
@@ -58,7 +59,10 @@ class Step:
         bucket: DeepSpeed's `reduce_bucket_size`, in elements.
         data: data parallel ranks.
         schedule: the pipeline's.
-        alive: micro batches whose activations the stage holds at a time.
+        alive: micro batches whose activations the stage holds at a time; with several model chunks,
+            passes of the chunk that runs.
+        elsewhere: bytes of the passes of other chunks.
+        on_host: bytes of checkpoints in host memory.
         waiting: micro batches that wait for their weight gradients alone.
         buffers: micro batches whose inputs and outputs a pipeline's engine keeps.
         head: elements of the output projection; 0 if another stage has it.
@@ -78,6 +82,8 @@ class Step:
     data: int
     schedule: str
     alive: int
+    elsewhere: float
+    on_host: float
     waiting: int
     buffers: int
     head: int
@@ -91,19 +97,24 @@ class Step:
         layout: Layout,
         ds_config: dict[str, Any],
         stage: int,
-        first: int,
-        last: int,
+        chunks: Sequence[tuple[int, int]],
+        running: Running,
     ) -> "Step":
-        """A stage that runs layers first to last - 1 of the chain."""
+        """A stage that has these chunks of the chain, while one of them runs."""
         assert isinstance(recipe.model, GPTModel)
         config, grid = recipe.model.shape, layout.grid
-        shapes = stage_shapes(config, grid["tensor"], first, last)
+        shapes = [
+            shape
+            for first, last in chunks
+            for shape in stage_shapes(config, grid["tensor"], first, last)
+        ]
         held = state(shapes, ds_config, grid["data"], layout.accumulation)
-        kept = activations(recipe, layout, ds_config, first, last)
+        of_chunks = [activations(recipe, layout, ds_config, *ends) for ends in chunks]
+        chunk, alive_of_chunks = running
+        (first, last), kept, alive = chunks[chunk], of_chunks[chunk], alive_of_chunks[chunk]
         # A single rank uses its partition as it is, unless it has to be fetched from the host.
         partitioned = zero_stage(ds_config) == 3 and (grid["data"] > 1 or "weights" in held.host)
         schedule = recipe.parallel.schedule
-        alive = micro_batches_alive(schedule, grid["pipeline"], stage, layout.accumulation)
         has_head, vocab = last == config.layers + 4, -(-config.vocab // grid["tensor"])
         return cls(
             shapes=shapes,
@@ -120,6 +131,11 @@ class Step:
             data=grid["data"],
             schedule=schedule,
             alive=alive,
+            elsewhere=bytes_elsewhere(of_chunks, running),
+            on_host=sum(
+                number * each.on_host
+                for number, each in zip(alive_of_chunks, of_chunks, strict=True)
+            ),
             waiting=micro_batches_waiting(schedule, grid["pipeline"], stage, layout.accumulation),
             # DeepSpeed's own schedule has two buffers at least.
             buffers=max(2, alive) if schedule in _BY_DEEPSPEED else alive,
@@ -133,6 +149,8 @@ class Step:
         if self.schedule == "zb-h1" and self.kind == "bf16":
             # Gradients in bf16 come and go in a weight pass (`deepspeed_patches.pipeline`).
             return self._moments(self.alive, self.state.always, self.buffers)
+        if self.schedule == "interleaved":
+            return self._moments(self.alive, self.state.carried, 1)
         if self.schedule != "gpipe":
             return self._moments(self.alive, self.state.carried, self.buffers)
         # All forward passes come first. No gradient is there when most activations are.
@@ -149,7 +167,7 @@ class Step:
         """
         kept = self.kept
         micro = alive * kept.kept + kept.casts + kept.received * (self.buffers + returned)
-        micro += self.waiting * kept.waiting
+        micro += self.waiting * kept.waiting + self.elsewhere
         logits = alive * kept.logits
         outputs = kept.sent * self.buffers
         # DeepSpeed's own schedule keeps the logits until others take their place, ours until their backward

@@ -1,6 +1,7 @@
 """Record what one rank of a layout computes; see `recorder.py`."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class LayoutRecorder(Recorder):
     def __init__(self, local: LocalEngine) -> None:
         grid = local.topology.grid
         super().__init__(scale=1.0 / grid["data"])
+        self._entered: Counter[int | None] = Counter()
         self.engine: Any = local.engine
         fp16 = block(local.plan.ds_config, "fp16")
         self.loss_scale = float(fp16["loss_scale"]) if fp16.get("enabled") else 1.0
@@ -62,6 +64,17 @@ class LayoutRecorder(Recorder):
             take_model_step(*arguments)
 
         self.engine._take_model_step = recorded
+
+    def begin(self, step: int) -> None:
+        """Start a step."""
+        super().begin(step)
+        self._entered.clear()
+
+    def _number(self, root: nn.Module) -> int:
+        # The model chunks of a pipeline stage take micro batches in turns.
+        chunk = root.chunk if isinstance(root, GPTPipeline) else None
+        self._entered[chunk] += 1
+        return self._entered[chunk] - 1
 
     def end(self, result: StepResult) -> None:
         """Record what a step has left."""
@@ -107,13 +120,17 @@ class LayoutRecorder(Recorder):
         self._leave_out_shared_keys(modules)
         if last and model.config.tied:
             # The last layer is a function of the embedding's weight, not a module.
-            model.register_forward_hook(lambda m, given, out: self.see("output", OUTPUT, out))
+            model.register_forward_hook(
+                lambda m, given, out: self.see("output", OUTPUT, out) if m.at_end() else None
+            )
             self._put_cut("output", model.tied_modules["token"].weight)
         self.watch(model, modules)
         for name, module in modules.items():
             self._put_cut(name, getattr(module, "weight", None))
         if model.stage_id == 0:
-            model.register_forward_pre_hook(lambda m, given: self._put_stage_input(given[0]))
+            model.register_forward_pre_hook(
+                lambda m, given: self._put_stage_input(given[0]) if m.at_start() else None
+            )
         if last:
             right = model.loss_fn
 

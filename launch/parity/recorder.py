@@ -140,8 +140,12 @@ class Recorder:
     def _enter(self, root: nn.Module, inputs: Any) -> None:
         if root.training:
             self._inside = True
-            self.micro_batch += 1
+            self.micro_batch = self._number(root)
             self._calls.clear()
+
+    def _number(self, root: nn.Module) -> int:
+        """The micro batch of a forward pass that begins, from 0 in each step."""
+        return self.micro_batch + 1
 
     def _leave(self, root: nn.Module, inputs: Any, output: Any) -> None:
         self._inside = False

@@ -3,8 +3,8 @@
 In each step, DeepSpeed's pipeline engine runs a list of instructions (load, receive, forward, send,
 ...). Each one is timed on each stage, for every schedule of `models/pipeline_schedules.py` and
 several numbers of micro batches, in one launch with one engine. All ranks read the host's
-CLOCK_MONOTONIC, so times of different stages are comparable. On a GPU, the device is synchronized
-around every instruction, which loses some overlap of messages with passes.
+CLOCK_MONOTONIC, so times of different stages are comparable. On a GPU, the stream of the passes is
+synchronized around every instruction, which loses some overlap of messages with passes.
 """
 
 import json
@@ -106,7 +106,8 @@ def _merge(parts: tuple[dict[str, Any], ...]) -> ScheduleRun:
         for stages in zip(*(part["steps"] for part in parts), strict=True)
     ]
     saved = [part["saved_bytes"] for part in parts]
-    return ScheduleRun(first["schedule"], first["micro_batches"], steps, saved)
+    chunks = first["model_chunks"]
+    return ScheduleRun(first["schedule"], first["micro_batches"], steps, saved, chunks)
 
 
 def trace_rank(
@@ -131,9 +132,11 @@ def trace_rank(
         for number in micro_batches:
             engine.set_train_batch_size(number * each)
             for schedule in schedules:
-                use_schedule(engine, schedule)
+                if engine.module.model_chunks == 1:  # else the engine has its only one
+                    use_schedule(engine, schedule)
                 found = _record(local, _first(batch, number), steps)
-                runs.append({"schedule": schedule, "micro_batches": number, **found})
+                run = {"schedule": schedule, "micro_batches": number}
+                runs.append({**run, "model_chunks": engine.module.model_chunks, **found})
         device = local.ranks.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         # The first rank of a stage has coordinate 0 along the other axes.
@@ -203,15 +206,19 @@ class _Recorder:
             start = self._now()
             run(engine, **arguments)
             end = self._now()
-            buffer = arguments.get("buffer_id")
+            if name == "StartChunk":
+                return
+            buffer, chunk = arguments.get("buffer_id"), engine.module.chunk or 0
             if name == self._arrival:
                 self._arrived += 1
                 self._in_buffer[buffer] = self._arrived
             number = self._in_buffer.get(buffer)
+            if engine.module.model_chunks > 1 and buffer is not None:
+                number = buffer % engine.micro_batches + 1
             if name == WEIGHTS:  # in the order of arrival, from no buffer
                 self._weighed += 1
                 number = self._weighed
-            self.events.append(Event(name, number, buffer, start, end))
+            self.events.append(Event(name, number, buffer, start, end, chunk))
 
         return recorded
 
@@ -219,7 +226,8 @@ class _Recorder:
         if self._device.type == "cuda":
             import torch
 
-            torch.cuda.synchronize(self._device)
+            # Not the device: a send of an interleaved pipeline may wait there for a stage that waits here.
+            torch.cuda.current_stream(self._device).synchronize()
         return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 

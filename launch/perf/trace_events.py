@@ -14,7 +14,7 @@ import statistics
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from models.pipeline_stages import micro_batches_alive
+from models.pipeline_stages import chunk_passes_alive, ideal_bubble, micro_batches_alive
 
 FORWARD, BACKWARD, WEIGHTS = "ForwardPass", "BackwardPass", "WeightPass"
 PASSES = (FORWARD, BACKWARD, WEIGHTS)
@@ -23,7 +23,8 @@ PASSES = (FORWARD, BACKWARD, WEIGHTS)
 class Event(NamedTuple):
     """One instruction on one stage. Micro batches count from 1; times are in host-clock seconds.
 
-    `micro_batch` and `buffer` are None for instructions on the whole batch: reductions, optimizer.
+    `micro_batch` and `buffer` are None for instructions on the whole batch: reductions, optimizer. `chunk`
+    is the stage's model chunk, from 0.
     """
 
     instruction: str
@@ -31,6 +32,7 @@ class Event(NamedTuple):
     buffer: int | None
     start: float
     end: float
+    chunk: int = 0
 
 
 Stages = list[list[Event]]  # one step: the events of each stage in their order
@@ -53,7 +55,7 @@ def span(stages: Stages) -> tuple[float, float]:
 
 
 def peak_live(events: list[Event]) -> int:
-    """Peak number of micro batches whose forward pass is done and whose backward pass is not."""
+    """Peak number of forward passes done whose backward pass is not."""
     live = peak = 0
     for event in events:
         live += (event.instruction == FORWARD) - (event.instruction == BACKWARD)
@@ -65,14 +67,16 @@ def peak_live(events: list[Event]) -> int:
 class ScheduleRun:
     """The timed steps of one schedule with one number of micro batches.
 
-    `saved_bytes` is each stage's peak of the bytes that autograd saved for backward passes, without
-    the parameters, measured in one untimed step.
+    With several model chunks a stage, a micro batch passes it once for each. `saved_bytes` is each
+    stage's peak of the bytes that autograd saved for backward passes, without the parameters, measured in
+    one untimed step.
     """
 
     schedule: str
     micro_batches: int
     steps: list[Stages]
     saved_bytes: list[int]
+    model_chunks: int = 1
 
     def idle(self) -> list[float]:
         """The idle share of each stage, the median over the steps."""
@@ -83,22 +87,33 @@ class ScheduleRun:
         """The idle share of a step, the median over the steps."""
         return statistics.median(statistics.mean(idle_shares(stages)) for stages in self.steps)
 
+    def ideal(self) -> float:
+        """What `bubble` is at best."""
+        return ideal_bubble(
+            self.schedule, len(self.saved_bytes), self.micro_batches, self.model_chunks
+        )
+
     def seconds(self) -> float:
         """From the first instruction to the last backward pass, the median over the steps."""
         return statistics.median(end - begin for begin, end in map(span, self.steps))
 
     def live(self) -> list[int]:
-        """The peak of live micro batches on each stage."""
+        """The peak of live micro batches on each stage, counted once for each chunk."""
         by_stage = zip(*self.steps, strict=True)
         return [max(peak_live(events) for events in steps) for steps in by_stage]
 
     def expected(self) -> list[int]:
         """The expected value of `live`."""
-        stages = len(self.saved_bytes)
-        return [
-            micro_batches_alive(self.schedule, stages, stage, self.micro_batches)
-            for stage in range(stages)
-        ]
+        stages, m = len(self.saved_bytes), self.micro_batches
+        if self.model_chunks > 1:
+            return [
+                max(
+                    sum(alive)
+                    for _, alive in chunk_passes_alive(stages, stage, m, self.model_chunks)
+                )
+                for stage in range(stages)
+            ]
+        return [micro_batches_alive(self.schedule, stages, stage, m) for stage in range(stages)]
 
     def typical(self) -> Stages:
         """The step to show: the one with the median bubble."""

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from launch.perf.trace_events import BACKWARD, FORWARD, WEIGHTS, ScheduleRun, Stages, span
+from launch.perf.trace_events import (
+    BACKWARD,
+    FORWARD,
+    WEIGHTS,
+    Event,
+    ScheduleRun,
+    Stages,
+    span,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +26,7 @@ KINDS = {
     "SendActivation": "send", "SendGrad": "send",
     "RecvActivation": "receive", "RecvGrad": "receive",
     "ReduceTiedGrads": "optimizer", "ReduceGrads": "optimizer", "OptimizerStep": "optimizer",
-    "LoadMicroBatch": "load", "KeepLoss": "loss", "TakeLoss": "loss",
+    "LoadMicroBatch": "load", "KeepLoss": "loss", "TakeLoss": "loss", "StartChunk": "loss",
 }  # fmt: skip
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {
@@ -26,7 +34,7 @@ COLOURS = {
     "receive": "#CC79A7", "optimizer": "#666666",
 }  # fmt: skip
 MEANING = {
-    "forward": "forward pass of a micro batch (its number)",
+    "forward": "forward pass of a micro batch (its number; later model chunks are lighter)",
     "backward": "backward pass; of zb-h1, the gradients of inputs",
     "weights": "weight pass: the gradients of weights",
     "send": "send, with waiting for the receiver",
@@ -41,8 +49,6 @@ NARROW = 0.008  # share of the plot's width below which a number does not fit in
 
 def bubble_table(runs: list[ScheduleRun]) -> Table:
     """Measured and ideal bubble of every run, with the idle share of each stage."""
-    from models.pipeline_stages import ideal_bubble
-
     stages = len(runs[0].saved_bytes)
     shown = Table(title="bubble: the idle share of a step", title_justify="left")
     columns = ("schedule", "micro batches m", "ms a step", "measured", "ideal", "idle, by stage")
@@ -56,15 +62,15 @@ def bubble_table(runs: list[ScheduleRun]) -> Table:
             str(run.micro_batches),
             f"{1000 * run.seconds():.1f}",
             f"{run.bubble():.1%}",
-            f"{ideal_bubble(run.schedule, stages, run.micro_batches):.1%}",
+            f"{run.ideal():.1%}",
             " ".join(f"{share:.0%}" for share in run.idle()),
             end_section=run.micro_batches == most,
         )
     shown.caption = (
-        f"p = {stages} stages; ideal: (p-1)/(m+p-1) for 1f1b and gpipe, (p-1)/p for naive, (p-1)/(3m+p-1) "
-        "for zb-h1 from m = p on, if its three passes take equally long. A step: from the first "
-        "instruction to the last pass; medians over the steps. Idle: not in a pass. Gradient reduction "
-        "and optimizer come after, and do not count"
+        f"p = {stages} stages; ideal: (p-1)/(m+p-1) for 1f1b and gpipe, (p-1)/(v m+p-1) for interleaved "
+        "with v model chunks, (p-1)/p for naive, (p-1)/(3m+p-1) for zb-h1 from m = p on, if its passes "
+        "take equally long. A step: from the first instruction to the last pass; medians over the steps. "
+        "Idle: not in a pass. Gradient reduction and optimizer come after, and do not count"
     )
     shown.caption_justify = "left"
     return shown
@@ -87,8 +93,8 @@ def live_table(runs: list[ScheduleRun]) -> Table:
             )  # fmt: skip
     shown.caption = (
         "live: forward pass done, backward pass not. Expected: min(p - stage, m) for 1f1b and zb-h1, m for "
-        "gpipe, 1 for naive. Saved: what autograd keeps at a time, and what waits for weight passes, "
-        "without parameters"
+        "gpipe, 1 for naive; for interleaved 2(p - stage) - 1 + (v-1)p passes of a chunk, v m at most. "
+        "Saved: what autograd keeps at a time, and what waits for weight passes, without parameters"
     )
     shown.caption_justify = "left"
     return shown
@@ -96,8 +102,6 @@ def live_table(runs: list[ScheduleRun]) -> Table:
 
 def write_csv(runs: list[ScheduleRun], file: Path) -> None:
     """One row per schedule, number of micro batches and stage."""
-    from models.pipeline_stages import ideal_bubble
-
     with file.open("w", newline="") as out:
         rows = csv.writer(out)
         rows.writerow(
@@ -105,8 +109,7 @@ def write_csv(runs: list[ScheduleRun], file: Path) -> None:
              "live_micro_batches", "expected_live", "saved_bytes")
         )  # fmt: skip
         for run in runs:
-            ideal = ideal_bubble(run.schedule, len(run.saved_bytes), run.micro_batches)
-            whole = (run.schedule, run.micro_batches, run.seconds(), run.bubble(), ideal)
+            whole = (run.schedule, run.micro_batches, run.seconds(), run.bubble(), run.ideal())
             parts = zip(run.idle(), run.live(), run.expected(), run.saved_bytes, strict=True)
             rows.writerows((*whole, stage, *part) for stage, part in enumerate(parts))
 
@@ -132,9 +135,7 @@ def write_chrome(runs: list[ScheduleRun], file: Path) -> None:
                 events.append(
                     {
                         "ph": "X",
-                        "name": event.instruction
-                        if event.micro_batch is None
-                        else f"{event.instruction} {event.micro_batch}",
+                        "name": _name(event, run.model_chunks),
                         "cat": kind,
                         "ts": (event.start - begin) * 1e6,
                         "dur": (event.end - event.start) * 1e6,
@@ -142,6 +143,7 @@ def write_chrome(runs: list[ScheduleRun], file: Path) -> None:
                             "schedule": run.schedule,
                             "instruction": event.instruction,
                             "micro_batch": event.micro_batch,
+                            "chunk": event.chunk,
                             "buffer": event.buffer,
                         },
                         **place,
@@ -151,19 +153,28 @@ def write_chrome(runs: list[ScheduleRun], file: Path) -> None:
     file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
+def _name(event: Event, model_chunks: int) -> str:
+    if event.micro_batch is None:
+        return event.instruction
+    chunk = f", chunk {event.chunk}" if model_chunks > 1 else ""
+    return f"{event.instruction} {event.micro_batch}{chunk}"
+
+
 def _arrows(stages: Stages, schedule: str, thread: int, begin: float) -> list[dict[str, Any]]:
     found = []
     where = {
-        (stage, e.instruction, e.micro_batch): e
+        (stage, e.instruction, e.micro_batch, e.chunk): e
         for stage, events in enumerate(stages)
         for e in events
     }
-    for (stage, instruction, number), sent in where.items():
+    for (stage, instruction, number, chunk), sent in where.items():
         if instruction not in MESSAGES:
             continue
-        other = stage + (1 if instruction == "SendActivation" else -1)
-        received = where[other, MESSAGES[instruction], number]
-        name = f"{schedule} {instruction} {stage} {number}"
+        # Round the ring, to the next chunk or the one before.
+        way = 1 if instruction == "SendActivation" else -1
+        rounds, other = divmod(stage + way, len(stages))
+        received = where[other, MESSAGES[instruction], number, chunk + rounds]
+        name = f"{schedule} {instruction} {stage} {number} {chunk}"
         for phase, pid, event in (("s", stage, sent), ("f", other, received)):
             # At the middle of its box, so that a viewer can match it to the box.
             found.append(
@@ -183,8 +194,6 @@ def save_picture(runs: list[ScheduleRun], title: str, file: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    from models.pipeline_stages import ideal_bubble
-
     stages = len(runs[0].saved_bytes)
     steps = [run.typical() for run in runs]
     width = max(_since(stages, e.end) for stages in steps for events in stages for e in events)
@@ -192,11 +201,10 @@ def save_picture(runs: list[ScheduleRun], title: str, file: Path) -> None:
     figure = Figure(figsize=(14, height), layout="constrained")
     panels = figure.subplots(len(runs), 1, sharex=True, squeeze=False)
     for panel, run, step in zip(panels[:, 0], runs, steps, strict=True):
-        _draw(panel, step, width)
-        ideal = ideal_bubble(run.schedule, stages, run.micro_batches)
+        _draw(panel, step, width, run.model_chunks)
         panel.set_title(
             f"{run.schedule}: p = {stages} stages, m = {run.micro_batches} micro batches; "
-            f"bubble measured {run.bubble():.0%}, ideal {ideal:.0%}",
+            f"bubble measured {run.bubble():.0%}, ideal {run.ideal():.0%}",
             loc="left",
         )
     panels[-1, 0].set_xlabel("milliseconds since the step's first instruction")
@@ -212,8 +220,13 @@ def _since(stages: Stages, when: float) -> float:
     return (when - span(stages)[0]) * 1000
 
 
-def _draw(panel: "Axes", stages: Stages, width: float) -> None:
-    """One panel: a row per stage, passes as tall boxes on a hatched ground, the rest in a strip."""
+def _draw(panel: "Axes", stages: Stages, width: float, model_chunks: int) -> None:
+    """One panel: a row per stage, passes as tall boxes on a hatched ground, the rest in a strip.
+
+    Later model chunks are lighter.
+    """
+    from matplotlib.colors import to_rgb
+
     end = _since(stages, span(stages)[1])
     for stage, events in enumerate(stages):
         tall, strip = (stage - 0.36, 0.56), (stage + 0.23, 0.13)
@@ -226,7 +239,9 @@ def _draw(panel: "Axes", stages: Stages, width: float) -> None:
             colour = COLOURS[kind]
             if kind in ("forward", "backward", "weights"):
                 box = (start, stop - start)
-                panel.broken_barh([box], tall, facecolor=colour, edgecolor="white", linewidth=0.6)
+                light = 0.6 * event.chunk / model_chunks
+                filled = tuple(part + (1.0 - part) * light for part in to_rgb(colour))
+                panel.broken_barh([box], tall, facecolor=filled, edgecolor="white", linewidth=0.6)
                 if stop - start > NARROW * width:
                     place = ((start + stop) / 2, stage - 0.08)
                     panel.text(*place, str(event.micro_batch), ha="center", va="center", fontsize=9)

@@ -11,14 +11,13 @@ milliseconds for a block's forward and backward pass. The slower of the two coun
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import offload_device, zero_stage
 from launch.memory.activations import activations, compiled, precision
-from launch.memory.estimate import bounds_of
+from launch.memory.chunks import chunks_of_stages
 from launch.memory.shapes import count, stage_shapes
 from launch.memory.state import wrapper
 from launch.planner.cards import Card
@@ -154,7 +153,7 @@ def traffic(
     return {
         "data": payload * parameters * ring_data / links["data"],
         "tensor": again * 4 * layers * 2.0 * c.hidden * tokens * ring / links["tensor"],
-        "pipeline": sends * c.hidden * tokens / links["pipeline"],
+        "pipeline": sends * recipe.parallel.model_chunks * c.hidden * tokens / links["pipeline"],
     }
 
 
@@ -173,12 +172,15 @@ def step_time(
     assert isinstance(recipe.model, GPTModel)
     config, grid, m = recipe.model.shape, layout.grid, layout.accumulation
     stages = grid["pipeline"]
-    ranges = list(pairwise(bounds_of(config, stages, recipe.parallel.partition)))
+    chunks_of_each = chunks_of_stages(config, stages, recipe.parallel)
     slowest, parameters = 0.0, 0
-    for first, last in ranges:
-        work = device_terms(recipe, layout, ds_config, card, first, last)
-        slowest = max(slowest, sum(COST[name] * value for name, value in work.items()))
-        parameters = max(parameters, count(stage_shapes(config, grid["tensor"], first, last)))
+    for chunks in chunks_of_each:
+        seconds, held = 0.0, 0
+        for first, last in chunks:
+            work = device_terms(recipe, layout, ds_config, card, first, last)
+            seconds += sum(COST[name] * value for name, value in work.items())
+            held += count(stage_shapes(config, grid["tensor"], first, last))
+        slowest, parameters = max(slowest, seconds), max(parameters, held)
     state = sum(
         COST[name] * value
         for name, value in state_terms(parameters, layout, ds_config, card).items()
@@ -186,12 +188,13 @@ def step_time(
     busy = max(
         m * slowest, launch_seconds(recipe, layout, ds_config, -(-config.layers // stages)) - state
     )
-    idle = ideal_bubble(recipe.parallel.schedule, stages, m)
+    idle = ideal_bubble(recipe.parallel.schedule, stages, m, recipe.parallel.model_chunks)
     sent = traffic(recipe, layout, ds_config, parameters, links(layout, card, hosts, network_gbs))
     transfer, update = _offload(ds_config, card, parameters, grid["data"], grid.world_size // hosts)
     if recipe.model.cpu_checkpointing:
         checkpoints = m * max(
-            activations(recipe, layout, ds_config, first, last).on_host for first, last in ranges
+            sum(activations(recipe, layout, ds_config, *ends).on_host for ends in chunks)
+            for chunks in chunks_of_each
         )
         transfer += COST["host"] * 2.0 * checkpoints / (card.host_gbs * 1e9)  # there and back
     return StepTime(

@@ -196,6 +196,7 @@ def build_pipeline(
             recipe.parallel.partition,
             spec.checkpoint_activations,
             spec.cpu_checkpointing,
+            recipe.parallel.model_chunks,
         )
     _set_initial_weights(model.canonical_parameters(), spec, recipe.train.seed)
     return model

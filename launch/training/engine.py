@@ -14,6 +14,7 @@ from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.deepspeed_patches.autocast import keep_tied_parameters_in_their_dtype
 from launch.deepspeed_patches.autotp import check_plan, expose_tp_plan
+from launch.deepspeed_patches.model_chunks import run_model_chunks
 from launch.deepspeed_patches.pipeline import sum_tied_gradients_where_they_are, use_schedule
 from launch.deepspeed_patches.speed import apply as speed
 from launch.deepspeed_patches.stage0 import (
@@ -38,7 +39,7 @@ def make_topology(recipe: Recipe, layout: Layout) -> Topology:
     sharing = 1
     if isinstance(recipe.model, GPTModel):
         sharing = max(1, layout.grid["tensor"] // recipe.model.shape.kv_heads)
-    return Topology(layout.grid, sharing)
+    return Topology(layout.grid, sharing, recipe.parallel.model_chunks > 1)
 
 
 def build_engine(
@@ -84,6 +85,8 @@ def build_engine(
     mark_gradients(engine)
     if isinstance(engine, PipelineEngine):
         use_schedule(engine, recipe.parallel.schedule)
+        if topology.ring is not None:
+            run_model_chunks(engine, topology.ring)
         sum_tied_gradients_where_they_are(engine)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         count_each_parameter_once(engine, topology)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from models.parallel.collectives import Group, group_rank, group_size
 from models.parallel.grid import AXES, SAMPLE_AXES, WEIGHT_AXES, Grid
+from models.parallel.ring import make_ring
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Topology:
     Creating one is collective: every rank creates every group, in the same order.
     """
 
-    def __init__(self, grid: Grid, sharing_key_values: int = 1) -> None:
+    def __init__(
+        self, grid: Grid, sharing_key_values: int = 1, several_model_chunks: bool = False
+    ) -> None:
         self.grid = grid
         self.coordinates = grid.coordinates(dist.get_rank())
         self.groups = {axis: _my_group(grid.groups(axis)) for axis in AXES}
@@ -57,6 +60,7 @@ class Topology:
         self.key_value_group = (
             _my_group(grid.key_value_groups(sharing_key_values)) if sharing_key_values > 1 else None
         )
+        self.ring = make_ring(grid.groups("pipeline")) if several_model_chunks else None
 
     def tensor_parallel(self, sequence_parallel: bool = False) -> TensorParallel:
         """The model's view of this topology."""

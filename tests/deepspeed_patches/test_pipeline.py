@@ -123,3 +123,24 @@ def test_gradients_between_backward_passes_are_lost() -> None:
     summed, left = run_ranks(sums_and_gradient_with_one_between, 1)[0]
     assert summed == 4.0, repaired("pipeline.run_weight_passes")
     assert left == 3.0, repaired("pipeline.run_weight_passes")
+
+
+def first_and_last_and_neighbours() -> tuple[bool, bool, int, int]:
+    """Of a rank of two stages whose module says that what runs is neither first nor last."""
+    import torch
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    start()
+    layers = [LayerSpec(torch.nn.Linear, 1, 1) for _ in range(4)]
+    model = PipelineModule(layers, num_stages=2, loss_fn=lambda y, label: y.sum())
+    model.at_start = model.at_end = lambda: False
+    engine = initialize(model, {})
+    return engine.is_first_stage(), engine.is_last_stage(), engine.prev_stage, engine.next_stage
+
+
+def test_engine_is_first_and_last_by_its_rank_alone() -> None:
+    """A ring of stages has no ends, and nothing in a module says which part of it runs."""
+    found = run_ranks(first_and_last_and_neighbours, 2)
+    assert found == [(True, False, -1, 1), (False, True, 0, 2)], repaired(
+        "model_chunks.run_model_chunks"
+    )

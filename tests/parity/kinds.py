@@ -27,6 +27,12 @@ KINDS = {
         "zero1", 4, micro_batch=2,
         overrides=("parallel.pipeline=4", "parallel.schedule=zb-h1", "model.layers=4"),
     ),
+    "pp2_interleaved": Case(
+        "zero1", 2, micro_batch=2,
+        overrides=(
+            PP2, "parallel.schedule=interleaved", "parallel.model_chunks=2", "model.layers=4",
+        ),
+    ),
     "pp2_tp2": Case("zero1", 4, micro_batch=2, overrides=(TP2, PP2, "model.vocab=321")),
     "pp2_tp2_sequence": Case("zero1", 4, micro_batch=2, overrides=(TP2, PP2, SEQUENCE)),
     "3d": Case("zero1", 8, micro_batch=2, overrides=(TP2, PP2)),

@@ -29,7 +29,8 @@ def _recipe_cases() -> list[Case]:
     for i, file in enumerate(RECIPES):
         command = re.search(r"--num_gpus (\d+)", file.read_text())
         assert command, f"{file.name} does not say on how many ranks it runs"
-        stages = load_recipe(file).parallel.pipeline
+        parallel = load_recipe(file).parallel
+        parts = parallel.pipeline * parallel.model_chunks
         for p, precision in enumerate(PRECISIONS):
             found.append(
                 Case(
@@ -39,7 +40,7 @@ def _recipe_cases() -> list[Case]:
                     list(FAMILIES)[(p + i) % 2],
                     clip=CLIP if (i + p) % 2 else NO_CLIP,
                     checkpoint_activations=(i // 2 + p) % 2 == 0,
-                    overrides=(f"model.layers={max(2, stages) + 1}",),
+                    overrides=(f"model.layers={max(2, parts) + 1}",),
                 )
             )
     return found
@@ -71,6 +72,7 @@ SIX_HEADS = (
 # One key head on four ranks, each with a quarter of its rows; norms of heads on every rank.
 ONE_KEY = ("parallel.tensor=4", "model.kv_heads=1", "model.qk_norm=true", "model.tied=true")
 ZERO_BUBBLE = "parallel.schedule=zb-h1"
+INTERLEAVED = ("parallel.schedule=interleaved", "parallel.model_chunks=2", "model.layers=5")
 SPECIAL = [
     *(
         Case("zero1", ranks, "bf16", family, overrides=(*degrees, LOW_SUMS))
@@ -121,6 +123,15 @@ SPECIAL = [
     Case("zero1", 4, "bf16", "gpt2", overrides=(TP2, PP2, "model.vocab=321", ZERO_BUBBLE)),
     Case("zero1", 2, "bf16", "gpt2", overrides=(PP2, *OFFLOAD, ZERO_BUBBLE)),
     Case("zero1", 2, "bf16", "llama", overrides=(PP2, DOCUMENTS, LOW_SUMS, ZERO_BUBBLE)),
+    Case("zero0", 2, "fp32", "gpt2", overrides=(PP2, *INTERLEAVED), uneven_weights=True),
+    Case("zero1", 4, "fp32", "llama", overrides=(TP2, PP2, "parallel.sequence=true", *INTERLEAVED)),
+    Case("zero1", 4, "bf16", "gpt2", overrides=(TP2, PP2, "model.vocab=321", *INTERLEAVED)),
+    Case("zero1", 2, "bf16", "gpt2", overrides=(PP2, *OFFLOAD, *INTERLEAVED)),
+    Case("zero1", 2, "bf16", "llama", overrides=(PP2, DOCUMENTS, LOW_SUMS, *INTERLEAVED)),
+    Case(
+        "zero1", 4, "bf16", checkpoint_activations=True,
+        overrides=("parallel.pipeline=4", *INTERLEAVED[:1], "parallel.model_chunks=3", "model.layers=13"),
+    ),
 ]  # fmt: skip
 
 

@@ -208,13 +208,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("condition", "tensor"), [("alone", 1), ("partitioned", 2), ("sequence", 2)]
+    ("condition", "tensor"),
+    [("alone", 1), ("partitioned", 2), ("sequence", 2), ("interleaved", 1), ("interleaved", 2)],
 )
 def test_stages_send_what_the_table_says(condition: str, tensor: int, folder: Path) -> None:
-    changes = {
+    changes: dict[str, Any] = {
         "parallel.pipeline": 2, "parallel.tensor": tensor,
         "parallel.sequence": condition == "sequence",
     }  # fmt: skip
+    if condition == "interleaved":
+        changes |= {
+            "model.layers": 4, "parallel.schedule": "interleaved", "parallel.model_chunks": 2
+        }  # fmt: skip
     values = recipe_values(folder, "zero1", changes)
     results = run_ranks(step_of_engine, 2 * tensor, values, folder)
     config = replace(SIZES["tiny"], layers=2, hidden=32, head_dim=0, ffn=0)

@@ -90,7 +90,8 @@ def shrunken(file: Path, folder: Path, hub_model: Path) -> Recipe:
     ]  # fmt: skip
     if isinstance(recipe.model, GPTModel):
         config = recipe.model.shape
-        overrides += [f"model.layers={max(2, pipeline)}", "model.hidden=64", "model.heads=4"]
+        parts = pipeline * recipe.parallel.model_chunks
+        overrides += [f"model.layers={max(2, parts)}", "model.hidden=64", "model.heads=4"]
         overrides += [f"model.vocab={VOCAB}"]
         if config.kv_heads != config.heads:
             overrides += ["model.kv_heads=2"]

@@ -36,8 +36,7 @@ README = ROOT / "recipes" / "README.md"
 TINY = (
     "zero0", "zero1", "zero2", "zero3", "zero2_offload_cpu", "zero3_offload_cpu",
     "zero3_offload_nvme", "tp2_zero1", "tp2_zero3", "pp2_zero1", "pp2_gpipe_zero1", "pp4_zero1",
-    "pp4_zb_zero1",
-    "pp2_tp2_zero1", "3d_zero1",
+    "pp4_zb_zero1", "pp2_interleaved_zero1", "pp2_tp2_zero1", "3d_zero1",
 )  # fmt: skip
 PARALLEL = (
     "gpt_6b7_tp2", "gpt_20b_pp4_tp2", "llama3_8b_tp2", "llama3_70b_pp4_tp8", "gpt_175b_pp16_tp8",

@@ -44,9 +44,13 @@ LAYOUTS: dict[str, Layout] = {
     "pipeline 2 x tensor 2, stage 1": Layout(4, "zero1", parallel={"pipeline": 2, "tensor": 2}),
     "pipeline 2 x data 2, stage 1": Layout(4, "zero1", parallel={"pipeline": 2}),
     "pipeline 2, zb-h1, stage 1": Layout(2, "zero1", parallel={"pipeline": 2, "schedule": "zb-h1"}),
+    "pipeline 2, interleaved, stage 1": Layout(
+        2, "zero1", parallel={"pipeline": 2, "schedule": "interleaved", "model_chunks": 2}
+    ),
 }
 # Three query heads' worth of keys for two tensor ranks, a vocabulary that they pad, and tied weights.
-MODEL = {"layers": 3, "hidden": 48, "heads": 4, "vocab": 259, "context": 32, "dropout": 0.0,
+LAYERS = 5
+MODEL = {"layers": LAYERS, "hidden": 48, "heads": 4, "vocab": 259, "context": 32, "dropout": 0.0,
          "bias": True, "tied": True}  # fmt: skip
 
 

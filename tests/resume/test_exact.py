@@ -62,6 +62,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pipeline 2 x data 2, gpipe, stage 1, fp32": ("zero1.json", FP32),
     "pipeline 2 x tensor 2, stage 1, fp32": ("zero1.json", FP32),
     "pipeline 2, zb-h1, stage 1, bf16": ("zero1.json", {}),
+    "pipeline 2, interleaved, stage 1, fp32": ("zero1.json", FP32),
 }
 
 
@@ -72,9 +73,11 @@ def _parallel(layout: str) -> dict[str, Any]:
     }
     if "sequence" in layout:
         found["sequence"] = True
-    for schedule in ("gpipe", "zb-h1"):
+    for schedule in ("gpipe", "zb-h1", "interleaved"):
         if schedule in layout:
             found["schedule"] = schedule
+    if "interleaved" in layout:
+        found["model_chunks"] = 2
     return found
 
 
@@ -94,6 +97,8 @@ def test_a_killed_run_ends_like_one_never_killed(
     if "disk" in layout:
         block = merge({"zero_optimization": _offload(tmp_path)}, block)
     whole, killed = (values(tmp_path, run, **block) for run in ("whole", "killed"))
+    if "interleaved" in layout:
+        whole["model"]["layers"] = killed["model"]["layers"] = 4
     if "disk" in layout:
         # DeepSpeed swaps no tensor below 1 MB: here the matrices are above it, the vectors below.
         whole["model"]["hidden"] = killed["model"]["hidden"] = 192

@@ -15,6 +15,7 @@ from tests.ranks import run_ranks
 from tests.resume.layouts import (
     AFTER,
     BEFORE,
+    LAYERS,
     LAYOUTS,
     load_each,
     recipe,
@@ -25,7 +26,7 @@ from tests.resume.layouts import (
 )
 from tests.resume.runs import write_text
 
-BOUND = tolerances(torch.float32, layers=3).loss
+BOUND = tolerances(torch.float32, layers=LAYERS).loss
 
 
 def _save(tmp_path: Path, name: str, **model: Any) -> tuple[Path, list[float]]:

@@ -14,6 +14,7 @@ TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 SEQUENCE = "parallel.sequence=true"
 CHUNKS = "model.loss_chunks=4"
 GRAPHS = "train.cuda_graphs=true"
+INTERLEAVED = ("parallel.schedule=interleaved", "parallel.model_chunks=2")
 
 
 def read(stem: str, *overrides: str, ranks: int = 4) -> dict[str, object]:
@@ -137,6 +138,32 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "compiled zero-bubble": (
         "zero1", (PIPELINE, "parallel.schedule=zb-h1", "train.compile=true"),
         r"train.compile: .* zb-h1 puts .* use parallel.schedule=1f1b, or train.compile=false",
+    ),
+    "chunks without their schedule": (
+        "zero1", (PIPELINE, "parallel.model_chunks=2"),
+        r"parallel.model_chunks: .* this is 2 with 1f1b; use parallel.schedule=interleaved parallel.model",
+    ),
+    "a schedule of chunks without chunks": (
+        "zero1", (PIPELINE, "parallel.schedule=interleaved"),
+        r"parallel.model_chunks: .* this is 1 with interleaved; use .*, or take both out",
+    ),
+    "chunks of one stage": (
+        "zero1", ("parallel.model_chunks=2",), r"parallel.model_chunks: it orders a pipeline, and paral",
+    ),
+    "more chunks than blocks": (
+        "zero1", (PIPELINE, *INTERLEAVED, "parallel.model_chunks=3"),
+        r"parallel.model_chunks: 2 stages of 3 chunks are 6 parts, more than the model's 4 layers; use",
+    ),
+    "micro batches that are no groups": (
+        "zero1", (PIPELINE, *INTERLEAVED, "train.global_batch_size=10", "train.micro_batch_size=2"),
+        r"parallel.schedule: interleaved .* groups of 2, one a stage, and a step has 5; use train.global_ba"
+        r"tch_size=12, or parallel.schedule=1f1b parallel.model_chunks=1",
+    ),
+    "parts of what stages send, and chunks": (
+        "zero1",
+        (PIPELINE, TENSOR, *INTERLEAVED, "deepspeed.pipeline.pipe_partitioned=true",
+         "deepspeed.pipeline.grad_partitioned=true"),
+        r"pipeline.pipe_partitioned: stages with several model chunks send the whole .* take the key out",
     ),
     "heads": ("zero1", ("parallel.tensor=3",), r"parallel.tensor: 3 ranks do not .* use 2 or 4"),
     "too many key/value heads": (

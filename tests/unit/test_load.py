@@ -157,8 +157,8 @@ def test_null_takes_a_value_back(good: Path) -> None:
             "parallel.sequence: it shards the sequence over the tensor ranks",
         ),
         (
-            "parallel.schedule=interleaved",
-            "parallel.schedule: Input should be '1f1b', 'zb-h1', 'gpipe' or 'naive'",
+            "parallel.schedule=zigzag",
+            "parallel.schedule: Input should be '1f1b', 'interleaved', 'zb-h1', 'gpipe' or 'naive'",
         ),
         ("deepspeed.config=null", "deepspeed.config: name a JSON file, for example ds_configs/"),
         ("train.steps", "--set train.steps: write key=value, for example train.steps=30"),

@@ -24,6 +24,7 @@ from tests.parity.faults import (
     clip,
     data,
     hf,
+    interleaved,
     model,
     optimizer,
     pipeline,
@@ -39,7 +40,7 @@ KINDS_OF_ONE_MODEL = (model, zero, clip, optimizer, data, chunks, sft)
 ONE_MODEL = [fault for kind in KINDS_OF_ONE_MODEL for fault in kind.FAULTS]
 SHARDED = [
     fault
-    for kind in (tensor, sequence, pipeline, zero_bubble, hf, workarounds)
+    for kind in (tensor, sequence, pipeline, zero_bubble, interleaved, hf, workarounds)
     for fault in kind.FAULTS
 ]
 FAULTS = [*ONE_MODEL, *SHARDED]

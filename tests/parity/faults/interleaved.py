@@ -1,0 +1,83 @@
+"""Faults of the interleaved schedule: passes of a stage's model chunks, and what goes round the stages."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.parity.cases import Case
+from tests.parity.faults.seeded import FEW_ROWS, NORM_1, Seeded
+from tests.parity.kinds import PP2
+from tests.parity.planting import plant
+
+
+def backward_pass_of_the_last_micro_batch_left_out_in_one_chunk() -> None:
+    """Of the chain's first part, which sends nothing back: no stage waits for it."""
+    from deepspeed.runtime.pipe.schedule import BackwardPass
+
+    from models.pipeline_schedules import InterleavedSchedule
+
+    right = InterleavedSchedule.steps
+
+    def wrong(self: Any) -> Any:
+        steps = list(right(self))
+        if self.stage_id == 0:
+            last = max(i for i, step in enumerate(steps) if BackwardPass in map(type, step))
+            steps[last] = [one for one in steps[last] if not isinstance(one, BackwardPass)]
+        return iter(steps)
+
+    plant(InterleavedSchedule, "steps", wrong)
+
+
+def activations_of_all_micro_batches_received_into_one_tensor() -> None:
+    """Each pass then adds its input's gradient to that of the passes before."""
+    from models.parallel.ring import Ring
+
+    right = Ring.receive
+    kept: dict[Any, Tensor] = {}
+
+    def wrong(self: Any, kind: Any, like: Tensor) -> Tensor:
+        received = right(self, kind, like)
+        if kind == "backward":
+            return received
+        shared = kept.setdefault(kind, received)
+        shared.data.copy_(received)
+        return shared
+
+    plant(Ring, "receive", wrong)
+
+
+def gradients_divided_by_the_last_rank_in_each_chunk() -> None:
+    """By the accumulation steps: the engine does it where it takes a pass for that of the loss."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    def wrong(self: Any, gradient: Tensor) -> Any:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            return DeepSpeedEngine._backward_prologue_per_tensor(self, gradient)
+        return gradient
+
+    plant(PipelineEngine, "_backward_prologue_per_tensor", wrong)
+
+
+INTERLEAVED = Case(
+    "zero1", 2,
+    overrides=(
+        FEW_ROWS, PP2, "parallel.schedule=interleaved", "parallel.model_chunks=2", "model.layers=4",
+    ),
+)  # fmt: skip
+
+FAULTS = [
+    Seeded(
+        backward_pass_of_the_last_micro_batch_left_out_in_one_chunk, INTERLEAVED, NORM_1, "backward",
+        r"blocks\.0",
+    ),
+    Seeded(
+        activations_of_all_micro_batches_received_into_one_tensor, INTERLEAVED, NORM_1, "backward",
+        r"blocks\.2",
+    ),
+    Seeded(
+        gradients_divided_by_the_last_rank_in_each_chunk, INTERLEAVED, NORM_1, "backward",
+        r"blocks\.1\.mlp", ranks=(1,),
+    ),
+]  # fmt: skip
