@@ -24,6 +24,11 @@ pass, so that 1f1b's letters above would be two wide and its step 18 long, not 1
     zb-h1  stage 0   1 2 3 . . A a 4 B b C c D d
            stage 1   . 1 2 . A 3 B a 4 C b D c d
            stage 2   . . 1 A 2 B 3 C a 4 D b c d
+
+interleaved has passes of one model chunk each. Two stages of two, ' for the second:
+
+    interleaved  stage 0   1 2 1' 2' 3 A' 4 B' 3' A 4' B . C' . D' C D
+                 stage 1   . 1 2 1' A' 2' B' 3 A 4 B 3' C' 4' D' C D .
 """
 
 from collections.abc import Iterator

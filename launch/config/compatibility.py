@@ -210,9 +210,10 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
         raise UserError(
             f"parallel.partition: {error}; use parameters, flops, uniform or type:block, or fewer stages"
         ) from None
-    # What a rank then has is counted elsewhere: a norm on tensor rank 0, tied weights on stage 0.
-    without_block = bounds[-2] >= model.shape.layers + 2
-    without_norm = bounds[-2] > model.shape.layers + 2
+    # What a rank then has is counted elsewhere: a norm on tensor rank 0, tied weights on stage 0. With
+    # several chunks, the last stage has blocks in those before.
+    without_block = chunks == 1 and bounds[-2] >= model.shape.layers + 2
+    without_norm = chunks == 1 and bounds[-2] > model.shape.layers + 2
     counts_none = without_norm or (without_block and layout.grid["tensor"] > 1)
     if counts_none and model.shape.tied and low == "bf16":
         raise UserError(

@@ -42,7 +42,7 @@ def bytes_elsewhere(of_chunks: Sequence[Activations], running: Running) -> float
         for alive, each in zip(running.alive, of_chunks, strict=True)
         if each is not here
     )
-    return others + here.received + here.sent
+    return others + 2 * max(each.received for each in of_chunks)
 
 
 @lru_cache(maxsize=256)

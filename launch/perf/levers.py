@@ -144,13 +144,19 @@ LEVERS = (
     Lever(
         "schedule-1f1b",
         "one forward, one backward pass in turns",
-        _set("parallel.schedule=1f1b"),
+        _set("parallel.schedule=1f1b", "parallel.model_chunks=1"),
+        _stages_of_a_pipeline,
+    ),
+    Lever(
+        "schedule-interleaved",
+        "two model chunks a stage: the pipeline fills and drains in half the time",
+        _set("parallel.schedule=interleaved", "parallel.model_chunks=2"),
         _stages_of_a_pipeline,
     ),
     Lever(
         "schedule-gpipe",
         "all forward passes, then all backward passes",
-        _set("parallel.schedule=gpipe"),
+        _set("parallel.schedule=gpipe", "parallel.model_chunks=1"),
         _stages_of_a_pipeline,
     ),
     Lever(

@@ -89,6 +89,9 @@ def layouts(ranks: int) -> dict[str, tuple[str, ...]]:
     found["zero1, immediate, compile"] = (*now, COMPILE)
     if ranks == 2:
         found["pipeline 2, compile"] = (*now, pipeline, COMPILE)
+        chunks = (pipeline, "parallel.schedule=interleaved", "parallel.model_chunks=2")
+        found["pipeline 2, interleaved"] = (*now, *chunks)
+        found["pipeline 2, interleaved, compile"] = (*now, *chunks, COMPILE)
         found["tensor 2, compile"] = (*now, tensor, COMPILE)
         found["tensor 2, sequence"] = (*zero[1], tensor, "parallel.sequence=true")
         found["tensor 2, zero3"] = (*zero[3], tensor)

@@ -165,6 +165,37 @@ def test_the_chrome_trace_is_well_formed(output: Output) -> None:
         assert {start["pid"], ends[name]["pid"]} == {0, 1}
 
 
+def test_an_interleaved_pipeline(tmp_path: Path) -> None:
+    """Each micro batch passes both chunks of both stages; messages go round."""
+    given = ["--micro-batches", "4", "--steps", "1", "--out", str(tmp_path)]
+    given += ["--set", "model.layers=4", *SMALL[1:]]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr("launch.runtime.local_launcher.run_local_ranks", forked_local_ranks)
+        assert trace_pipeline.main(words("gpt_tiny_pp2_interleaved_zero1", *given)) == 0
+    rows = list(csv.DictReader((tmp_path / "bubble.csv").open(newline="")))
+    # arXiv:2104.04473: (p - 1) / v of a micro batch, and 2 (p - s) - 1 + (v - 1) p passes alive.
+    assert [float(row["ideal_bubble"]) for row in rows] == pytest.approx([1 / 9, 1 / 9])
+    assert [row["live_micro_batches"] for row in rows] == ["5", "3"]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    boxes: dict[int, list[str]] = {0: [], 1: []}
+    for event in sorted(events, key=lambda event: event["ts"]):
+        if "Pass " in event["name"]:
+            boxes[event["pid"]].append(event["name"])
+    passes = {
+        f"{n}Pass {m}, chunk {c}"
+        for n in ("Forward", "Backward")
+        for m in range(1, 5)
+        for c in (0, 1)
+    }
+    assert set(boxes[0]) == set(boxes[1]) == passes
+    assert boxes[0][:4] == [f"ForwardPass {m}, chunk {c}" for c in (0, 1) for m in (1, 2)]
+    assert boxes[1][2:4] == ["ForwardPass 1, chunk 1", "BackwardPass 1, chunk 1"]
+    ends = {kind: [e for e in events if e["ph"] == kind] for kind in "sf"}
+    # Of each micro batch: x from part 0 to 1, 2 and 3, and as many gradients back.
+    assert len(ends["s"]) == len(ends["f"]) == 4 * 6
+
+
 @pytest.mark.parametrize(
     ("recipe", "more", "message"),
     [
@@ -175,6 +206,14 @@ def test_the_chrome_trace_is_well_formed(output: Output) -> None:
         (
             "gpt_tiny_pp2_zero1", ["--schedules", "zb-h1", "--set", "train.compile=true"],
             "train.compile: a compiled block's backward pass computes all its gradients at once",
+        ),
+        (
+            "gpt_tiny_pp2_zero1", ["--schedules", "interleaved"],
+            "parallel.model_chunks: the interleaved schedule runs 2 or more on each stage, others 1",
+        ),
+        (
+            "gpt_tiny_pp2_interleaved_zero1", ["--schedules", "1f1b"],
+            "this is 2 with 1f1b; use parallel.schedule=interleaved parallel.model_chunks=2, or take",
         ),
         ("gpt_tiny_pp2_zero1", ["--steps", "0"], "--steps: 0 is too few; use 1 or more"),
         ("gpt_tiny_pp2_zero1", ["--ranks", "3"], "parallel: 3 ranks are no multiple of tensor 1 x"),

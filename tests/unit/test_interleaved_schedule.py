@@ -18,6 +18,8 @@ from deepspeed.runtime.pipe.schedule import (
     SendGrad,
 )
 
+from launch.paths import ROOT
+from models import pipeline_schedules as schedules
 from models.pipeline_schedules import (
     InterleavedInference,
     InterleavedSchedule,
@@ -56,6 +58,7 @@ class Stage:
     inputs: dict[int, tuple[int, int]] = field(default_factory=dict)  # part and micro batch
     losses: dict[int, int | None] = field(default_factory=dict)
     gradient: tuple[int, int] | None = None
+    line: list[str] = field(default_factory=list)  # what it did in each unit of time
     done: list[tuple[bool, int, int]] = field(default_factory=list)
     alive: int = 0
     peak: int = 0
@@ -75,6 +78,12 @@ class Ring:
 
     def send(self, kind: str, target: int, when: float, message: Message) -> None:
         self.links[kind, target].append((when, message))
+
+
+def draw(one: Stage, sign: str) -> None:
+    """As the module draws it: a dot for a unit of idle time, a prime for a pass of the second chunk."""
+    one.line += ["."] * (round(one.now) - len(one.line))
+    one.line.append(sign + "'" * bool(one.chunk))
 
 
 def run(one: Stage, ring: Ring) -> bool:
@@ -111,6 +120,7 @@ def run(one: Stage, ring: Ring) -> bool:
             assert part == one.part
             one.loss = micro_batch
             one.done.append((False, part, micro_batch))
+            draw(one, chr(ord("1") + micro_batch))
             one.now += one.forward
             one.alive += 1
             one.peak = max(one.peak, one.alive)
@@ -126,6 +136,7 @@ def run(one: Stage, ring: Ring) -> bool:
             else:
                 assert one.gradient == (part, micro_batch), "another one's gradient"
             one.done.append((True, part, micro_batch))
+            draw(one, chr(ord("A") + micro_batch))
             one.now += one.backward
             one.alive -= 1
             if part == 0:
@@ -242,3 +253,15 @@ def test_parts_go_to_the_stages_in_turn() -> None:
     chunks = stage_chunks(config, 2, "flops", 2)
     assert chunks == [[(0, 9), (15, 21)], [(9, 15), (21, 28)]]
     assert stage_chunks(config, 2, "flops") == [[(0, 15)], [(15, 28)]]
+
+
+def test_the_drawings_are_what_happens() -> None:
+    lines = [stage.line for stage in play(2, 4, 2)]
+    drawn = [
+        f"stage {number} {' '.join(line + ['.'] * (max(map(len, lines)) - len(line)))}"
+        for number, line in enumerate(lines)
+    ]
+    assert drawn[1].endswith(" .")
+    for text in (schedules.__doc__ or "", (ROOT / "models" / "README.md").read_text()):
+        shown = [" ".join(line.split()).removeprefix("interleaved ") for line in text.splitlines()]
+        assert set(drawn) <= set(shown)
