@@ -191,7 +191,7 @@ def _check_pipeline(recipe: "Recipe", config: dict[str, Any], layout: "Layout") 
         reason = (
             "with parallel.sequence, what stages send is sharded over the tensor ranks already"
             if recipe.parallel.sequence
-            else "stages with several model chunks send the whole of what tensor ranks have"
+            else "the engine sends no messages between stages of several model chunks"
         )
         for key in ("pipe_partitioned", "grad_partitioned"):
             if settings.get(key):

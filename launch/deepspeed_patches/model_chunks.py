@@ -5,7 +5,6 @@ from types import MethodType
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import (
-    OptimizerStep,
     PipeSchedule,
     RecvActivation,
     RecvGrad,
@@ -14,6 +13,7 @@ from deepspeed.runtime.pipe.schedule import (
 )
 from torch import Tensor
 
+from models.parallel.collectives import Group, gather_from_group, group_rank, group_size
 from models.parallel.ring import Kind, Ring
 from models.pipeline_schedules import InterleavedInference, StartChunk
 
@@ -24,8 +24,8 @@ def run_model_chunks(engine: PipelineEngine, ring: Ring) -> None:
     Defect: an engine runs one part of the model. It is first or last by its rank alone, talks to the
         ranks beside its own, and its sends wait for the receiver, which round a ring waits for ever.
     Versions: DeepSpeed 0.19.8.
-    Workaround: ask the module what part runs, and send by `Ring`. Tensor ranks each send the whole of
-        what all of them have; the engine's own messages carry a share of it.
+    Workaround: ask the module what part runs, and send by `Ring`. What all tensor ranks have, each sends
+        a share of, as the engine itself does; the next stage gathers it over the faster link.
     Proof: test_pipeline.py::test_engine_is_first_and_last_by_its_rank_alone
     """
     module = engine.module
@@ -35,7 +35,7 @@ def run_model_chunks(engine: PipelineEngine, ring: Ring) -> None:
     engine.next_stage = (engine.stage_id + 1) % engine.num_stages
     engine.is_pipe_partitioned = engine.is_grad_partitioned = False
     ring.connect(engine.device)
-    step = engine._INSTRUCTION_MAP[OptimizerStep]
+    group = None if module.tp.sequence_parallel else module.tp.group
 
     def inference_schedule(self: PipelineEngine, micro_batches: int) -> PipeSchedule:
         return InterleavedInference(
@@ -44,10 +44,18 @@ def run_model_chunks(engine: PipelineEngine, ring: Ring) -> None:
 
     def start_chunk(self: PipelineEngine, chunk: int | None) -> None:
         module.chunk = chunk
+        if chunk is None:
+            ring.wait()
 
     def send(kind: Kind, tensors: list[Tensor]) -> None:
         for tensor in tensors:
-            ring.send(kind, tensor)
+            ring.send(kind, _share(tensor, group))
+
+    def receive(kind: Kind, like: Tensor) -> Tensor:
+        received = ring.receive(kind, _share(like, group))
+        if received.numel() == like.numel():
+            return received.view(like.shape)
+        return gather_from_group(received, 0, group).view(like.shape)
 
     def send_activation(self: PipelineEngine, buffer_id: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
@@ -59,7 +67,7 @@ def run_model_chunks(engine: PipelineEngine, ring: Ring) -> None:
     def receive_activation(self: PipelineEngine, buffer_id: int) -> None:
         if self.pipe_recv_buf is None:
             self.pipe_recv_buf = self._recv_tensor_meta(self.prev_stage)
-        received = [ring.receive("forward", like) for like in _as_list(self.pipe_recv_buf)]
+        received = [receive("forward", like) for like in _as_list(self.pipe_recv_buf)]
         for tensor in received:
             tensor.requires_grad = tensor.is_floating_point()
         together = isinstance(self.pipe_recv_buf, tuple)
@@ -73,13 +81,9 @@ def run_model_chunks(engine: PipelineEngine, ring: Ring) -> None:
     def receive_gradient(self: PipelineEngine, buffer_id: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
         received = [
-            ring.receive("backward", like) for like in _as_list(outputs) if like.is_floating_point()
+            receive("backward", like) for like in _as_list(outputs) if like.is_floating_point()
         ]
         self.grad_layer = received if isinstance(outputs, tuple) else received[0]
-
-    def optimizer_step(self: PipelineEngine) -> None:
-        ring.wait()
-        step(self)
 
     engine._inference_schedule = MethodType(inference_schedule, engine)
     engine._INSTRUCTION_MAP = {
@@ -89,8 +93,14 @@ def run_model_chunks(engine: PipelineEngine, ring: Ring) -> None:
         RecvActivation: receive_activation,
         SendGrad: send_gradient,
         RecvGrad: receive_gradient,
-        OptimizerStep: optimizer_step,
     }
+
+
+def _share(tensor: Tensor, group: Group) -> Tensor:
+    """A rank's share of a tensor that all ranks of a group have; of one of integers, all of it."""
+    if group is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().flatten().chunk(group_size(group))[group_rank(group)]
 
 
 def _as_list(sent: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

@@ -127,7 +127,7 @@ SPECIAL = [
     Case("zero1", 4, "fp32", "llama", overrides=(TP2, PP2, "parallel.sequence=true", *INTERLEAVED)),
     Case("zero1", 4, "bf16", "gpt2", overrides=(TP2, PP2, "model.vocab=321", *INTERLEAVED)),
     Case("zero1", 2, "bf16", "gpt2", overrides=(PP2, *OFFLOAD, *INTERLEAVED)),
-    Case("zero1", 2, "bf16", "llama", overrides=(PP2, DOCUMENTS, LOW_SUMS, *INTERLEAVED)),
+    Case("zero1", 4, "bf16", "llama", overrides=(TP2, PP2, DOCUMENTS, LOW_SUMS, *INTERLEAVED)),
     Case(
         "zero1", 4, "bf16", checkpoint_activations=True,
         overrides=("parallel.pipeline=4", *INTERLEAVED[:1], "parallel.model_chunks=3", "model.layers=13"),
