@@ -1,13 +1,14 @@
 """Faults of the interleaved schedule: passes of a stage's model chunks, and what goes round the stages."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from tests.parity.cases import Case
-from tests.parity.faults.seeded import FEW_ROWS, NORM_1, Seeded
-from tests.parity.kinds import PP2
+from tests.parity.faults.seeded import FEW_ROWS, LOSS_1, NORM_1, Seeded
+from tests.parity.kinds import PP2, TP2
 from tests.parity.planting import plant
 
 
@@ -29,22 +30,16 @@ def backward_pass_of_the_last_micro_batch_left_out_in_one_chunk() -> None:
     plant(InterleavedSchedule, "steps", wrong)
 
 
-def activations_of_all_micro_batches_received_into_one_tensor() -> None:
-    """Each pass then adds its input's gradient to that of the passes before."""
-    from models.parallel.ring import Ring
+def shares_of_tensor_ranks_put_together_in_the_wrong_order() -> None:
+    """Each tensor rank has received its share of an activation or gradient; the whole is gathered wrong."""
+    from launch.deepspeed_patches import model_chunks
 
-    right = Ring.receive
-    kept: dict[Any, Tensor] = {}
+    right = vars(model_chunks)["gather_from_group"]
 
-    def wrong(self: Any, kind: Any, like: Tensor) -> Tensor:
-        received = right(self, kind, like)
-        if kind == "backward":
-            return received
-        shared = kept.setdefault(kind, received)
-        shared.data.copy_(received)
-        return shared
+    def wrong(share: Tensor, dim: int, group: Any) -> Any:
+        return right(share, dim, group).roll(share.numel(), 0)
 
-    plant(Ring, "receive", wrong)
+    plant(model_chunks, "gather_from_group", wrong)
 
 
 def gradients_divided_by_the_last_rank_in_each_chunk() -> None:
@@ -66,6 +61,7 @@ INTERLEAVED = Case(
         FEW_ROWS, PP2, "parallel.schedule=interleaved", "parallel.model_chunks=2", "model.layers=4",
     ),
 )  # fmt: skip
+WITH_TENSOR_RANKS = replace(INTERLEAVED, ranks=4, overrides=(TP2, *INTERLEAVED.overrides))
 
 FAULTS = [
     Seeded(
@@ -73,8 +69,8 @@ FAULTS = [
         r"blocks\.0",
     ),
     Seeded(
-        activations_of_all_micro_batches_received_into_one_tensor, INTERLEAVED, NORM_1, "backward",
-        r"blocks\.2",
+        shares_of_tensor_ranks_put_together_in_the_wrong_order, WITH_TENSOR_RANKS, LOSS_1, "forward",
+        r"blocks\.1", "its input", ranks=(2, 3),
     ),
     Seeded(
         gradients_divided_by_the_last_rank_in_each_chunk, INTERLEAVED, NORM_1, "backward",
