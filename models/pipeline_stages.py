@@ -27,7 +27,12 @@ def interleaved_passes(
 
     Micro batches go round in groups of `stages`, of which `micro_batches` is a multiple: a chunk takes
     the whole group, then the next chunk does. Backward passes take the chunks from last to first.
+
+    Raises:
+        ValueError: if `micro_batches` is no multiple of `stages`.
     """
+    if micro_batches % stages:
+        raise ValueError(f"{micro_batches} micro batches are no groups of {stages}")
     total = model_chunks * micro_batches
 
     def turn(number: int) -> tuple[int, int]:

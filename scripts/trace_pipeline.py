@@ -130,6 +130,21 @@ def schedules_of(text: str | None, recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(text.split(",")))
 
 
+def check_groups(recipe: Recipe, micro_batches: list[int]) -> None:
+    """Check numbers of micro batches against the interleaved schedule.
+
+    Raises:
+        UserError: for one that is no multiple of the stages.
+    """
+    stages = recipe.parallel.pipeline
+    wrong = [number for number in micro_batches if number % stages]
+    if recipe.parallel.model_chunks > 1 and wrong:
+        raise UserError(
+            f"--micro-batches: {wrong[0]} is no multiple of the {stages} stages, as interleaved needs; "
+            f"write for example {stages},{2 * stages}"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command-line entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -164,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranks = choose_ranks(one_pipeline if given.ranks is None else given.ranks)
         out = given.out or ROOT / "runs" / "trace" / recipe.name
         schedules = schedules_of(given.schedules, recipe)
+        check_groups(recipe, micro_batches)
         right = show(recipe, ranks, schedules, micro_batches, given.steps, out)
         return 0 if right else EXIT_DIFFERENT
 

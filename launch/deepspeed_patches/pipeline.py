@@ -31,7 +31,7 @@ def sum_tied_gradients_where_they_are(engine: PipelineEngine) -> None:
 
 
 def use_schedule(engine: PipelineEngine, name: str) -> None:
-    """Make an engine run the schedule of this name, one of `parallel.schedule`, in `train_batch`.
+    """Make an engine run the schedule of this name, as `parallel.schedule` has it, in `train_batch`.
 
     Defect: the engine keeps one loss, that of the last forward pass. A schedule whose backward pass does
         not follow at once starts it from the wrong loss. The engine also keeps the logits of every

@@ -26,7 +26,7 @@ KINDS = {
     "SendActivation": "send", "SendGrad": "send",
     "RecvActivation": "receive", "RecvGrad": "receive",
     "ReduceTiedGrads": "optimizer", "ReduceGrads": "optimizer", "OptimizerStep": "optimizer",
-    "LoadMicroBatch": "load", "KeepLoss": "loss", "TakeLoss": "loss", "StartChunk": "loss",
+    "LoadMicroBatch": "load", "KeepLoss": "loss", "TakeLoss": "loss",
 }  # fmt: skip
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {

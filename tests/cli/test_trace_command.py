@@ -215,6 +215,10 @@ def test_an_interleaved_pipeline(tmp_path: Path) -> None:
             "gpt_tiny_pp2_interleaved_zero1", ["--schedules", "1f1b"],
             "this is 2 with 1f1b; use parallel.schedule=interleaved parallel.model_chunks=2, or take",
         ),
+        (
+            "gpt_tiny_pp2_interleaved_zero1", ["--micro-batches", "2,3"],
+            "--micro-batches: 3 is no multiple of the 2 stages, as interleaved needs; write for example",
+        ),
         ("gpt_tiny_pp2_zero1", ["--steps", "0"], "--steps: 0 is too few; use 1 or more"),
         ("gpt_tiny_pp2_zero1", ["--ranks", "3"], "parallel: 3 ranks are no multiple of tensor 1 x"),
     ],

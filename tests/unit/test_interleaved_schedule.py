@@ -28,7 +28,12 @@ from models.pipeline_schedules import (
     TakeLoss,
     train_schedule,
 )
-from models.pipeline_stages import chunk_passes_alive, ideal_bubble, stage_chunks
+from models.pipeline_stages import (
+    chunk_passes_alive,
+    ideal_bubble,
+    interleaved_passes,
+    stage_chunks,
+)
 
 # Stages, micro batches (a multiple of them) and model chunks.
 SIZES = [
@@ -244,6 +249,11 @@ def test_a_step_ends_with_reductions_and_the_optimizer() -> None:
     todo = [one for step in InterleavedSchedule(4, 2, 1, 2).steps() for one in step]
     ends = [StartChunk, ReduceTiedGrads, ReduceGrads, OptimizerStep]
     assert [type(one) for one in todo[-4:]] == ends
+
+
+def test_micro_batches_that_are_no_groups_have_no_order() -> None:
+    with pytest.raises(ValueError, match="5 micro batches are no groups of 2"):
+        interleaved_passes(2, 0, 5, 2)
 
 
 def test_parts_go_to_the_stages_in_turn() -> None:
