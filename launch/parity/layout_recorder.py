@@ -1,7 +1,6 @@
 """Record what one rank of a layout computes; see `recorder.py`."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ class LayoutRecorder(Recorder):
     def __init__(self, local: LocalEngine) -> None:
         grid = local.topology.grid
         super().__init__(scale=1.0 / grid["data"])
-        self._entered: Counter[int | None] = Counter()
         self.engine: Any = local.engine
         fp16 = block(local.plan.ds_config, "fp16")
         self.loss_scale = float(fp16["loss_scale"]) if fp16.get("enabled") else 1.0
@@ -64,17 +62,6 @@ class LayoutRecorder(Recorder):
             take_model_step(*arguments)
 
         self.engine._take_model_step = recorded
-
-    def begin(self, step: int) -> None:
-        """Start a step."""
-        super().begin(step)
-        self._entered.clear()
-
-    def _number(self, root: nn.Module) -> int:
-        # The model chunks of a pipeline stage take micro batches in turns.
-        chunk = root.chunk if isinstance(root, GPTPipeline) else None
-        self._entered[chunk] += 1
-        return self._entered[chunk] - 1
 
     def end(self, result: StepResult) -> None:
         """Record what a step has left."""

@@ -87,10 +87,12 @@ class Recorder:
         self.micro_batch = -1
         self._inside = False
         self._calls: Counter[str] = Counter()
+        self._entered: Counter[int | None] = Counter()  # forward passes of the step, by model chunk
 
     def begin(self, step: int) -> None:
         """Start a step."""
         self.step, self.micro_batch = step, -1
+        self._entered.clear()
 
     def put(
         self,
@@ -140,12 +142,12 @@ class Recorder:
     def _enter(self, root: nn.Module, inputs: Any) -> None:
         if root.training:
             self._inside = True
-            self.micro_batch = self._number(root)
+            chunk = getattr(
+                root, "chunk", None
+            )  # those of a pipeline stage take micro batches in turns
+            self.micro_batch = self._entered[chunk]
+            self._entered[chunk] += 1
             self._calls.clear()
-
-    def _number(self, root: nn.Module) -> int:
-        """The micro batch of a forward pass that begins, from 0 in each step."""
-        return self.micro_batch + 1
 
     def _leave(self, root: nn.Module, inputs: Any, output: Any) -> None:
         self._inside = False

@@ -10,6 +10,7 @@ import torch
 
 from tests.parity.cases import Case, Workbench
 from tests.parity.half import fp16
+from tests.parity.kinds import INTERLEAVED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +19,7 @@ pytestmark = [
 
 TENSOR, PIPELINE = ("parallel.tensor=2",), ("parallel.pipeline=2",)
 # The small models have two blocks: a stage's chunks need four.
-INTERLEAVED = ("parallel.schedule=interleaved", "parallel.model_chunks=2", "model.layers=4")
+FOUR_PARTS = (*INTERLEAVED, "model.layers=4")
 SEQUENCE = (*TENSOR, "parallel.sequence=true")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     **{f"data 2, ZeRO-{stage}": (stage, ()) for stage in range(4)},
@@ -27,7 +28,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor 2 with sequence, ZeRO-3": (3, SEQUENCE),
     **{f"pipeline 2, 1f1b, ZeRO-{stage}": (stage, PIPELINE) for stage in range(2)},
     "pipeline 2, zb-h1, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=zb-h1")),
-    "pipeline 2, interleaved, ZeRO-1": (1, (*PIPELINE, *INTERLEAVED)),
+    "pipeline 2, interleaved, ZeRO-1": (1, (*PIPELINE, *FOUR_PARTS)),
     "pipeline 2, gpipe, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=gpipe")),
     "pipeline 2, naive, ZeRO-1": (1, (*PIPELINE, "parallel.schedule=naive")),
 }

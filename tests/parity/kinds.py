@@ -3,6 +3,7 @@
 from tests.parity.cases import Case
 
 TP2, PP2, SEQUENCE = "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"
+INTERLEAVED = ("parallel.schedule=interleaved", "parallel.model_chunks=2")
 # What ZeRO-1's JSON needs to step on the CPU.
 OFFLOAD = (
     "deepspeed.zero_optimization.offload_optimizer.device=cpu",
@@ -29,9 +30,7 @@ KINDS = {
     ),
     "pp2_interleaved": Case(
         "zero1", 2, micro_batch=2,
-        overrides=(
-            PP2, "parallel.schedule=interleaved", "parallel.model_chunks=2", "model.layers=4",
-        ),
+        overrides=(PP2, *INTERLEAVED, "model.layers=4"),
     ),
     "pp2_tp2": Case("zero1", 4, micro_batch=2, overrides=(TP2, PP2, "model.vocab=321")),
     "pp2_tp2_sequence": Case("zero1", 4, micro_batch=2, overrides=(TP2, PP2, SEQUENCE)),

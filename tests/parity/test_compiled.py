@@ -19,12 +19,12 @@ from models.parallel.grid import Grid
 from models.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from models.parallel.topology import Topology
 from tests.parity.cases import FAMILIES, Case, Workbench, hundred_steps
-from tests.parity.kinds import PP2, TP2
+from tests.parity.kinds import INTERLEAVED, PP2, TP2
 from tests.ranks import run_ranks
 from tests.unit.tp_cases import start
 
 COMPILE = "train.compile=true"
-INTERLEAVED = ("parallel.schedule=interleaved", "parallel.model_chunks=2", "model.layers=4")
+FOUR_PARTS = (*INTERLEAVED, "model.layers=4")
 CASES = [
     Case("zero3", 2, checkpoint_activations=True, overrides=(COMPILE,)),
     Case("zero3", 1, "bf16", "llama", overrides=(COMPILE,)),
@@ -40,7 +40,7 @@ CASES = [
         ),
     ),
     Case("zero1", 2, "fp32", "llama", checkpoint_activations=True, overrides=(PP2, COMPILE)),
-    Case("zero1", 2, "bf16", micro_batch=2, overrides=(PP2, *INTERLEAVED, COMPILE)),
+    Case("zero1", 2, "bf16", micro_batch=2, overrides=(PP2, *FOUR_PARTS, COMPILE)),
     # 321 words: the ranks' shards of the vocabulary are padded.
     Case(
         "zero1", 2, "bf16", micro_batch=2,
@@ -50,7 +50,7 @@ CASES = [
     Case("zero2", 2, "fp32", "llama", checkpoint_activations=True, overrides=(TP2, COMPILE)),
     Case("zero3", 4, "fp32", overrides=("parallel.tensor=4", COMPILE)),
     Case("zero1", 4, "bf16", micro_batch=2, overrides=(TP2, PP2, COMPILE)),
-    Case("zero1", 4, "fp32", "llama", micro_batch=2, overrides=(TP2, PP2, *INTERLEAVED, COMPILE)),
+    Case("zero1", 4, "fp32", "llama", micro_batch=2, overrides=(TP2, PP2, *FOUR_PARTS, COMPILE)),
 ]  # fmt: skip
 
 

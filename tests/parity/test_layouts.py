@@ -13,7 +13,7 @@ from launch.config.load import load_recipe
 from launch.config.schema import Recipe
 from launch.paths import ROOT
 from tests.parity.cases import CLIP, DOCUMENTS, FAMILIES, NO_CLIP, Case, Workbench
-from tests.parity.kinds import OFFLOAD, PP2, TP2
+from tests.parity.kinds import INTERLEAVED, OFFLOAD, PP2, TP2
 from tests.selection import representatives
 
 PARALLEL = re.compile(r"tp\d|pp\d|3d")
@@ -72,7 +72,7 @@ SIX_HEADS = (
 # One key head on four ranks, each with a quarter of its rows; norms of heads on every rank.
 ONE_KEY = ("parallel.tensor=4", "model.kv_heads=1", "model.qk_norm=true", "model.tied=true")
 ZERO_BUBBLE = "parallel.schedule=zb-h1"
-INTERLEAVED = ("parallel.schedule=interleaved", "parallel.model_chunks=2", "model.layers=5")
+FIVE_BLOCKS = (*INTERLEAVED, "model.layers=5")  # in the four parts of two stages
 SPECIAL = [
     *(
         Case("zero1", ranks, "bf16", family, overrides=(*degrees, LOW_SUMS))
@@ -123,14 +123,14 @@ SPECIAL = [
     Case("zero1", 4, "bf16", "gpt2", overrides=(TP2, PP2, "model.vocab=321", ZERO_BUBBLE)),
     Case("zero1", 2, "bf16", "gpt2", overrides=(PP2, *OFFLOAD, ZERO_BUBBLE)),
     Case("zero1", 2, "bf16", "llama", overrides=(PP2, DOCUMENTS, LOW_SUMS, ZERO_BUBBLE)),
-    Case("zero0", 2, "fp32", "gpt2", overrides=(PP2, *INTERLEAVED), uneven_weights=True),
-    Case("zero1", 4, "fp32", "llama", overrides=(TP2, PP2, "parallel.sequence=true", *INTERLEAVED)),
-    Case("zero1", 4, "bf16", "gpt2", overrides=(TP2, PP2, "model.vocab=321", *INTERLEAVED)),
-    Case("zero1", 2, "bf16", "gpt2", overrides=(PP2, *OFFLOAD, *INTERLEAVED)),
-    Case("zero1", 4, "bf16", "llama", overrides=(TP2, PP2, DOCUMENTS, LOW_SUMS, *INTERLEAVED)),
+    Case("zero0", 2, "fp32", "gpt2", overrides=(PP2, *FIVE_BLOCKS), uneven_weights=True),
+    Case("zero1", 4, "fp32", "llama", overrides=(TP2, PP2, "parallel.sequence=true", *FIVE_BLOCKS)),
+    Case("zero1", 4, "bf16", "gpt2", overrides=(TP2, PP2, "model.vocab=321", *FIVE_BLOCKS)),
+    Case("zero1", 2, "bf16", "gpt2", overrides=(PP2, *OFFLOAD, *FIVE_BLOCKS)),
+    Case("zero1", 4, "bf16", "llama", overrides=(TP2, PP2, DOCUMENTS, LOW_SUMS, *FIVE_BLOCKS)),
     Case(
         "zero1", 4, "bf16", checkpoint_activations=True,
-        overrides=("parallel.pipeline=4", *INTERLEAVED[:1], "parallel.model_chunks=3", "model.layers=13"),
+        overrides=("parallel.pipeline=4", INTERLEAVED[0], "parallel.model_chunks=3", "model.layers=13"),
     ),
 ]  # fmt: skip
 

@@ -48,8 +48,8 @@ LAYOUTS: dict[str, Layout] = {
         2, "zero1", parallel={"pipeline": 2, "schedule": "interleaved", "model_chunks": 2}
     ),
 }
-# Three query heads' worth of keys for two tensor ranks, a vocabulary that they pad, and tied weights.
 LAYERS = 5
+# Three query heads' worth of keys for two tensor ranks, a vocabulary that they pad, and tied weights.
 MODEL = {"layers": LAYERS, "hidden": 48, "heads": 4, "vocab": 259, "context": 32, "dropout": 0.0,
          "bias": True, "tied": True}  # fmt: skip
 

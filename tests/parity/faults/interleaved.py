@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.parity.cases import Case
 from tests.parity.faults.seeded import FEW_ROWS, LOSS_1, NORM_1, Seeded
-from tests.parity.kinds import PP2, TP2
+from tests.parity.kinds import INTERLEAVED, PP2, TP2
 from tests.parity.planting import plant
 
 
@@ -55,17 +55,17 @@ def gradients_divided_by_the_last_rank_in_each_chunk() -> None:
     plant(PipelineEngine, "_backward_prologue_per_tensor", wrong)
 
 
-INTERLEAVED = Case(
+FOUR_PARTS = Case(
     "zero1", 2,
     overrides=(
-        FEW_ROWS, PP2, "parallel.schedule=interleaved", "parallel.model_chunks=2", "model.layers=4",
+        FEW_ROWS, PP2, *INTERLEAVED, "model.layers=4",
     ),
 )  # fmt: skip
-WITH_TENSOR_RANKS = replace(INTERLEAVED, ranks=4, overrides=(TP2, *INTERLEAVED.overrides))
+WITH_TENSOR_RANKS = replace(FOUR_PARTS, ranks=4, overrides=(TP2, *FOUR_PARTS.overrides))
 
 FAULTS = [
     Seeded(
-        backward_pass_of_the_last_micro_batch_left_out_in_one_chunk, INTERLEAVED, NORM_1, "backward",
+        backward_pass_of_the_last_micro_batch_left_out_in_one_chunk, FOUR_PARTS, NORM_1, "backward",
         r"blocks\.0",
     ),
     Seeded(
@@ -73,7 +73,7 @@ FAULTS = [
         r"blocks\.1", "its input", ranks=(2, 3),
     ),
     Seeded(
-        gradients_divided_by_the_last_rank_in_each_chunk, INTERLEAVED, NORM_1, "backward",
+        gradients_divided_by_the_last_rank_in_each_chunk, FOUR_PARTS, NORM_1, "backward",
         r"blocks\.1\.mlp", ranks=(1,),
     ),
 ]  # fmt: skip
