@@ -38,7 +38,8 @@ def test_rows_train_the_same_in_one_run(tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "rows.jsonl"
     levers = ["--lever", "micro-batch-half", "sequence-on", "compile-off"]
     peers = ["--peers", "fsdp2", "dtensor"]
-    words = [*levers, "--row", "alone: ranks=1", *peers, "--out", str(out)]
+    clipped = "clipped: peer=raw_deepspeed json.gradient_clipping=1e-4"
+    words = [*levers, "--row", "alone: ranks=1", "--row", clipped, *peers, "--out", str(out)]
     assert run("--layerwise", *words, "--profile", str(tmp_path / "profile")) == 0
     printed = capsys.readouterr()
     assert "left out: sequence-on: parallel.tensor is 1\n" in printed.err
@@ -48,8 +49,12 @@ def test_rows_train_the_same_in_one_run(tmp_path: Path, capsys: pytest.CaptureFi
         line["row"]: line for line in map(json.loads, out.read_text().splitlines())
     }
     recipe = "ds_configs/zero2.json"
-    assert list(lines) == ["plain loop", "layer-wise", recipe, "micro-batch-half", "alone", "fsdp2"]
-    assert [line["ranks"] for line in lines.values()] == [1, 2, 2, 2, 1, 2]
+    rows = ["plain loop", "layer-wise", recipe, "micro-batch-half", "alone", "clipped", "fsdp2"]
+    assert list(lines) == rows
+    assert [line["ranks"] for line in lines.values()] == [1, 2, 2, 2, 1, 2, 2]
+    other = lines["clipped"]
+    assert (other["kind"], other["equal"]) == ("peer", False), "the JSON of that row clips"
+    assert other["losses"][0] == pytest.approx(lines["plain loop"]["losses"][0], rel=1e-5)
     for name in ("layer-wise", recipe, "micro-batch-half", "alone", "fsdp2"):
         line = lines[name]
         assert line["equal"] is True, line
@@ -144,6 +149,19 @@ def test_a_row_that_fails_is_a_line_and_a_known_plain_loop_is_not_run_again(
         (["--row", "train.micro_batch_size=4"], "--row .*: write NAME: KEY=VALUE KEY=VALUE"),
         (["--row", "a: train.micro_batch=4"], "--row a: .*unknown key train.micro_batch"),
         (["--row", "a: ranks=3"], "--row a: ranks=3: use 1 to 2, the number of --ranks"),
+        (
+            ["--row", "a: peer=jax"],
+            "--row a: peer: 'jax' is not known; choose from: torch_compiled",
+        ),
+        (
+            ["--row", "a: peer=dtensor"],
+            "--row a: peer=dtensor: it splits the layers over tensor ranks",
+        ),
+        (
+            ["--row", "a: json.compile.deepcompile=true"],
+            "--row a: json.compile.deepcompile=true: add peer=raw_deepspeed, or write deepspeed.compile",
+        ),
+        (["--row", "a: peer=raw_deepspeed json.zero"], "--row a: json.zero: write json.KEY=VALUE"),
         (
             ["--profile", __file__],
             "--profile: .* cannot be made a folder: File exists; name another",

@@ -15,11 +15,12 @@ from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import block, is_enabled, optimizer_block
 from launch.errors import UserError
 from launch.perf.levers import Lever, Setting
-from launch.perf.peers.run import why_not
+from launch.perf.peers.run import check_names, why_not, with_keys
 
 Kind = Literal["plain", "layerwise", "recipe", "peer"]
 PLAIN, LAYERWISE = "plain loop", "layer-wise"
-RANKS = "ranks"  # in a row's text, beside the recipe's keys
+# In a row's text, beside the recipe's keys.
+RANKS, PEER, JSON = "ranks=", "peer=", "json."
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Row:
         recipe: with the overrides.
         ranks: the number of devices.
         overrides: what distinguishes the row from the recipe on the command line.
+        peer: which, for that kind.
+        json_keys: `KEY=VALUE` for the peer's DeepSpeed JSON, such as recipes may reject.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Row:
     recipe: Recipe
     ranks: int
     overrides: tuple[str, ...] = ()
+    peer: str = ""
+    json_keys: tuple[str, ...] = ()
 
     @property
     def processes(self) -> int:
@@ -133,7 +138,7 @@ def plan_rows(sweep: Sweep, skipped: Callable[[str, str], None]) -> list[Row]:
         if reason := why_not(peer, recipe, base.ds_config, sweep.ranks):
             skipped(peer, reason)
         else:
-            rows.append(replace(base, name=peer, kind="peer"))
+            rows.append(replace(base, name=peer, kind="peer", peer=peer))
     names = [row.name for row in rows]
     for name in names:
         if names.count(name) > 1:
@@ -187,26 +192,48 @@ def _with_lever(base: Row, lever: Lever, sweep: Sweep) -> Row | str:
 
 
 def _written(text: str, base: Row, sweep: Sweep) -> Row:
-    """The row of `NAME: KEY=VALUE ...`; `ranks=N` among the keys is the number of its ranks."""
+    """The row of `NAME: KEY=VALUE ...`.
+
+    Among the keys may be `ranks=N`, the number of its ranks; `peer=NAME`, which trains the row's recipe;
+    and for DeepSpeed by itself `json.KEY=VALUE`, a key of its JSON.
+    """
     name, colon, words = text.partition(":")
     name = name.strip()
     if not colon or not name:
         raise UserError(f"--row '{text}': write NAME: KEY=VALUE KEY=VALUE")
     try:
-        overrides = shlex.split(words)
+        written = tuple(shlex.split(words))
     except ValueError as error:
         raise UserError(f"--row '{text}': {error}") from None
-    ranks = base.ranks
-    for word in [word for word in overrides if word.startswith(f"{RANKS}=")]:
-        overrides.remove(word)
-        number = word.removeprefix(f"{RANKS}=")
+    overrides = list(written)
+    ranks, peer = base.ranks, ""
+    for number in _taken(overrides, RANKS):
         if not number.isdecimal() or not 0 < int(number) <= base.ranks:
-            raise UserError(f"--row {name}: {word}: use 1 to {base.ranks}, the number of --ranks")
+            raise UserError(
+                f"--row {name}: {RANKS}{number}: use 1 to {base.ranks}, the number of --ranks"
+            )
         ranks = int(number)
+    for peer in _taken(overrides, PEER):
+        check_names([peer], f"--row {name}: {PEER[:-1]}")
+    keys = tuple(_taken(overrides, JSON))
+    if keys and peer != "raw_deepspeed":
+        raise UserError(
+            f"--row {name}: {JSON}{keys[0]}: add {PEER}raw_deepspeed, or write deepspeed.{keys[0]}"
+        )
     try:
         recipe = load_recipe(sweep.config, [*sweep.sets, *overrides])
-        row = Row(name, "recipe", recipe, ranks, tuple(overrides))
+        row = Row(name, "peer" if peer else "recipe", recipe, ranks, written, peer, keys)
         _ = row.trains  # its layout and its JSON are checked now, before anything is timed
+        with_keys(row.ds_config, keys)
+        if peer and (reason := why_not(peer, recipe, row.ds_config, ranks)):
+            raise UserError(f"{PEER}{peer}: {reason}")
     except UserError as error:
         raise UserError(f"--row {name}: {error}") from None
     return row
+
+
+def _taken(words: list[str], start: str) -> list[str]:
+    """Take the words that begin so out of the list; returns what follows."""
+    found = [word for word in words if word.startswith(start)]
+    words[:] = [word for word in words if word not in found]
+    return [word.removeprefix(start) for word in found]

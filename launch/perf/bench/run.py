@@ -95,7 +95,8 @@ def _take_turn(row: Row, trace: str | None, scratch: Path) -> list[Line]:
     if row.kind == "recipe":
         return run_ranks(measure_recipe, ranks, values, trace, scratch, env=env, show=None)
     if row.kind == "peer":
-        return run_ranks(measure_peer, ranks, values, trace, row.name, env=env, show=None)
+        arguments = (values, trace, row.peer, row.json_keys)
+        return run_ranks(measure_peer, ranks, *arguments, env=env, show=None)
     return run_ranks(measure_plain, ranks, values, trace, row.ranks, env=env, show=None)
 
 

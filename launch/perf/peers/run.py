@@ -4,8 +4,13 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from launch.config.load import recipe_from_dict
 from launch.config.schema import GPTModel, Recipe
@@ -15,15 +20,33 @@ from launch.paths import ROOT
 from launch.perf.peers import PEERS
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Check names of `--peers`.
+def check_names(names: Sequence[str], where: str = "--peers") -> None:
+    """Check names of peers.
 
     Raises:
         UserError: for one that is not known; it lists those that are.
     """
     for name in names:
         if name not in PEERS:
-            raise UserError(f"--peers: '{name}' is not known; choose from: {', '.join(PEERS)}")
+            raise UserError(f"{where}: '{name}' is not known; choose from: {', '.join(PEERS)}")
+
+
+def with_keys(ds_config: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A JSON with `KEY=VALUE` merged into it; no linter has seen them.
+
+    Raises:
+        UserError: for one that is written otherwise.
+    """
+    for key in keys:
+        if "=" not in key:
+            raise UserError(f"json.{key}: write json.KEY=VALUE")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(ds_config), OmegaConf.from_dotlist(list(keys)))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"json.{' json.'.join(keys)}: {error}") from None
+    found = OmegaConf.to_container(merged)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def why_not(name: str, recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> str | None:
@@ -98,8 +121,16 @@ def _of_another_model(recipe: Recipe) -> str | None:
     return None
 
 
-def measure_peer(values: dict[str, Any], trace: str | None, name: str) -> dict[str, Any]:
-    """Time a peer; every rank calls it, with the arguments of `launch.perf.bench.measure.measure_plain`.
+def measure_peer(
+    values: dict[str, Any], trace: str | None, name: str, json_keys: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Time a peer; every rank calls it.
+
+    Args:
+        values: as of `launch.perf.bench.measure.measure_plain`.
+        trace: likewise.
+        name: of `PEERS`.
+        json_keys: for its DeepSpeed JSON, see `with_keys`.
 
     Raises:
         UserError: as `launch/train.py`.
@@ -124,6 +155,7 @@ def measure_peer(values: dict[str, Any], trace: str | None, name: str) -> dict[s
         # As Megatron asks for, so that a collective starts before the layer that it is to overlap with.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     plan = plan_run(recipe, int(os.environ["WORLD_SIZE"]))
+    plan = replace(plan, ds_config=with_keys(plan.ds_config, json_keys))
     build_ops(ops_needed(plan.ds_config), print)
     ranks = init_process_group()
     watch = Watch(ranks.device, plan.recipe.train.steps, trace_file(trace, ranks.rank))
