@@ -64,6 +64,10 @@ def _tensor_ranks(setting: Setting) -> str | None:
     return None if setting.recipe.parallel.tensor > 1 else "parallel.tensor is 1"
 
 
+def _two_tensor_ranks(setting: Setting) -> str | None:
+    return None if setting.recipe.parallel.tensor == 2 else "parallel.tensor is not 2"
+
+
 def _stages_of_a_pipeline(setting: Setting) -> str | None:
     return None if setting.recipe.parallel.pipeline > 1 else "parallel.pipeline is 1"
 
@@ -139,6 +143,30 @@ LEVERS = (
         "sequence-off",
         "every tensor rank has all tokens between the layers",
         _set("parallel.sequence=false"),
+        _tensor_ranks,
+    ),
+    Lever(
+        "reduce-in-2-chunks",
+        "half of a row-parallel product is summed over the tensor ranks while the other half is computed",
+        _set("parallel.reduce_chunks=2"),
+        _tensor_ranks,
+    ),
+    Lever(
+        "reduce-at-once",
+        "a row-parallel product is summed over the tensor ranks when all of it is computed",
+        _set("parallel.reduce_chunks=1"),
+        _tensor_ranks,
+    ),
+    Lever(
+        "copies-on",
+        "two tensor ranks' sums are copies between their GPUs, and no kernels of NCCL",
+        _set("parallel.copy_engine=true"),
+        _two_tensor_ranks,
+    ),
+    Lever(
+        "copies-off",
+        "tensor ranks' sums are all-reduces of NCCL",
+        _set("parallel.copy_engine=false"),
         _tensor_ranks,
     ),
     Lever(

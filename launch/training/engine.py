@@ -25,6 +25,7 @@ from launch.deepspeed_patches.stage0 import (
 )
 from launch.deepspeed_patches.startup import import_muon_uncompiled, vendor_from_proc
 from launch.ds_json.view import optimizer_block, training_dtype, zero_stage
+from launch.errors import UserError
 from launch.runtime.process_group import RankInfo
 from launch.training.build_model import build_model, build_partitioned, build_pipeline
 from launch.training.compile import compile_engine, gather_whole_blocks
@@ -35,18 +36,35 @@ from models.pipeline import GPTPipeline
 
 
 def make_topology(recipe: Recipe, layout: Layout) -> Topology:
-    """All process groups of a layout. Collective: every rank creates every group."""
+    """All process groups of a layout. Collective: every rank creates every group.
+
+    Raises:
+        UserError: if `parallel.copy_engine` asks for what these GPUs cannot do.
+    """
     sharing = 1
     if isinstance(recipe.model, GPTModel):
         sharing = max(1, layout.grid["tensor"] // recipe.model.shape.kv_heads)
-    return Topology(layout.grid, sharing, recipe.parallel.model_chunks > 1)
+    parallel = recipe.parallel
+    topology = Topology(layout.grid, sharing, parallel.model_chunks > 1)
+    if parallel.copy_engine and torch.cuda.is_available():
+        try:
+            topology.sum_by_copies()
+        except RuntimeError as error:
+            raise UserError(
+                "parallel.copy_engine: the GPUs of the tensor ranks do not read each other's memory "
+                f"({str(error).splitlines()[0]}); use parallel.copy_engine=false"
+            ) from None
+    return topology
 
 
 def build_engine(
     recipe: Recipe, ds_config: dict[str, Any], ranks: RankInfo, topology: Topology
 ) -> DeepSpeedEngine:
     """The recipe's model on DeepSpeed's engine, ready for `launch/training/train_step.py`."""
-    dtype, tp = training_dtype(ds_config), topology.tensor_parallel(recipe.parallel.sequence)
+    dtype, tp = (
+        training_dtype(ds_config),
+        topology.tensor_parallel(recipe.parallel.sequence, recipe.parallel.reduce_chunks),
+    )
     train = recipe.train
     if topology.grid["pipeline"] > 1:
         model: nn.Module = build_pipeline(recipe, dtype, ranks.device, topology, tp)

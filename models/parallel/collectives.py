@@ -30,6 +30,8 @@ that a layer's weight gradient is computed while the gradient of its input is su
 traced `dist.all_reduce` itself, in bf16 with NCCL, a model did not learn at all.) All ranks must run the
 same collectives in the same order, so the graphs of all ranks must be alike: code may depend on the
 number of ranks, but a branch must not depend on the rank.
+
+Two ranks may add up large tensors by copies: `sum_by_copies`, `copy_engine.py`.
 """
 
 from typing import Any
@@ -37,6 +39,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Work
+
+from models.parallel import copy_engine
 
 Group = dist.ProcessGroup | None
 
@@ -46,6 +51,28 @@ _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce
 
 # Collectives that the compiler can see. They take a group's name, and their result must be waited for.
 _functional: Any = torch.ops._c10d_functional
+
+# torch has no public names for these.
+group_named: Any = torch._C._distributed_c10d._resolve_process_group
+_name_group: Any = torch._C._distributed_c10d._register_process_group
+
+# The name of a group, and that of the group which adds up its large tensors. torch keeps names alone.
+_summed_by: dict[str, str] = {}
+_copy_engine_groups: list[dist.ProcessGroup] = []
+
+
+def sum_by_copies(group: dist.ProcessGroup) -> None:
+    """Let a group's two GPUs add up large tensors by copies; see `copy_engine.py`, also for errors."""
+    name, timeout = f"copies of {group.group_name}", dist.distributed_c10d.default_pg_timeout
+    _copy_engine_groups.append(copy_engine.CopyEngineGroup(group, timeout))
+    _name_group(name, _copy_engine_groups[-1])
+    _summed_by[group.group_name] = name
+
+
+def _name_to_sum(x: Tensor, group: dist.ProcessGroup) -> str:
+    """The name of the group that adds up this tensor."""
+    large = x.numel() * x.element_size() >= copy_engine.LEAST_BYTES
+    return _summed_by.get(group.group_name, group.group_name) if large else group.group_name
 
 
 def group_size(group: Group) -> int:
@@ -58,16 +85,33 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def start_sum(x: Tensor, group: dist.ProcessGroup) -> Work:
+    """Begin to add up a contiguous tensor over the ranks, in place; wait before it is read.
+
+    Not for code that is compiled.
+    """
+    name = _name_to_sum(x, group)
+    work: Work
+    if name != group.group_name:
+        work = group_named(name).allreduce([x])
+    else:
+        work = dist.all_reduce(x, group=group, async_op=True)
+    return work
+
+
 def all_reduce(x: Tensor, group: dist.ProcessGroup, maximum: bool = False) -> Tensor:
     """The sum (or the maximum) over the ranks, as a new tensor of any shape. No gradient."""
     result: Tensor
     if torch.compiler.is_compiling():
-        operation = "max" if maximum else "sum"
-        sent = _functional.all_reduce(x.contiguous(), operation, group.group_name)
+        name = group.group_name if maximum else _name_to_sum(x, group)
+        sent = _functional.all_reduce(x.contiguous(), "max" if maximum else "sum", name)
         result = _functional.wait_tensor(sent)
     else:
         result = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group)
+        if maximum:
+            dist.all_reduce(result, dist.ReduceOp.MAX, group=group)
+        else:
+            start_sum(result, group).wait()
     return result
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from models.parallel.collectives import Group, group_rank, group_size
+from models.parallel.collectives import Group, group_rank, group_size, sum_by_copies
 from models.parallel.grid import AXES, SAMPLE_AXES, WEIGHT_AXES, Grid
 from models.parallel.ring import make_ring
 
@@ -15,12 +15,14 @@ class TensorParallel:
 
     `key_value_group` holds the tensor ranks that share one key/value head, if there are fewer such
     heads than ranks. `sequence_parallel` shards along the sequence the activations that tensor
-    parallelism leaves whole (arXiv:2205.05198).
+    parallelism leaves whole (arXiv:2205.05198). `chunks` are those of row-parallel products
+    (`summed_product.py`).
     """
 
     group: Group = None
     key_value_group: Group = None
     sequence_parallel: bool = False
+    chunks: int = 1
 
     @property
     def size(self) -> int:
@@ -62,11 +64,16 @@ class Topology:
         )
         self.ring = make_ring(grid.groups("pipeline")) if several_model_chunks else None
 
-    def tensor_parallel(self, sequence_parallel: bool = False) -> TensorParallel:
+    def tensor_parallel(self, sequence_parallel: bool = False, chunks: int = 1) -> TensorParallel:
         """The model's view of this topology."""
         if self.grid["tensor"] == 1:
             return ONE_RANK
-        return TensorParallel(self.groups["tensor"], self.key_value_group, sequence_parallel)
+        group = self.groups["tensor"]
+        return TensorParallel(group, self.key_value_group, sequence_parallel, chunks)
+
+    def sum_by_copies(self) -> None:
+        """Let tensor ranks add up by copies from GPU to GPU; see `copy_engine.py`, also for errors."""
+        sum_by_copies(self.groups["tensor"])
 
     def get_model_parallel_rank(self) -> int:
         """This rank's index among the ranks that hold one model."""

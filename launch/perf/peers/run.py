@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from launch.config.load import recipe_from_dict
+from launch.config.resolve import merge
 from launch.config.schema import GPTModel, Recipe
 from launch.ds_json.view import is_enabled
 from launch.errors import UserError
@@ -32,7 +33,7 @@ def check_names(names: Sequence[str], where: str = "--peers") -> None:
 
 
 def with_keys(ds_config: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """A JSON with `KEY=VALUE` merged into it; no linter has seen them.
+    """A JSON with `KEY=VALUE` merged into it, which no linter has seen; null takes a key out.
 
     Raises:
         UserError: for one that is written otherwise.
@@ -41,12 +42,11 @@ def with_keys(ds_config: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
         if "=" not in key:
             raise UserError(f"json.{key}: write json.KEY=VALUE")
     try:
-        merged = OmegaConf.merge(OmegaConf.create(ds_config), OmegaConf.from_dotlist(list(keys)))
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(keys)))
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"json.{' json.'.join(keys)}: {error}") from None
-    found = OmegaConf.to_container(merged)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+    assert isinstance(changes, dict)
+    return merge(ds_config, {str(key): value for key, value in changes.items()})
 
 
 def why_not(name: str, recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> str | None:

@@ -1,0 +1,132 @@
+"""Sums by copies between two GPUs: NCCL's bits, whatever runs beside them, and one device's training."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.parity.run import TrainingRecord, run_layout
+from tests.parity.cases import Case, Workbench
+from tests.parity.kinds import INTERLEAVED, PP2, TP2
+from tests.parity.planting import plant
+from tests.ranks import run_ranks
+
+COPIES = "parallel.copy_engine=true"
+TEXT = "data.source=python-stdlib"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs"),
+]
+# In elements: a piece, one less, few, several pieces, slots that grow, and odd numbers.
+SIZES = (2**23, 2**23 - 1, 5, 3 * 2**23 + 1, 2**18, 40_000_003)
+
+
+def sums_that_differ(wait_left_out: bool) -> list[int]:
+    """Elements of which sums by copies and NCCL's differ, of many sums in a row beside matrix products."""
+    from launch.runtime.process_group import init_process_group, prepare_environment
+
+    prepare_environment()
+    ranks = init_process_group()
+    from models.parallel import copy_engine
+    from models.parallel.collectives import all_reduce, start_sum, sum_by_copies
+
+    group = dist.new_group([0, 1])
+    theirs = dist.new_group([0, 1])
+    if wait_left_out:
+        plant(copy_engine._Sum, "wait", lambda self, timeout=None: True)
+    sum_by_copies(group)
+    plant(copy_engine, "LEAST_BYTES", 0)
+    torch.manual_seed(ranks.rank)
+    square = torch.randn(4096, 4096, device=ranks.device, dtype=torch.bfloat16)
+    differ = []
+    for turn in range(20):
+        for dtype in (torch.bfloat16, torch.float32):
+            xs = [torch.randn(n, device=ranks.device).to(dtype) for n in SIZES]
+            expected = [all_reduce(x, theirs) for x in xs]
+            if ranks.rank == turn % 2:  # the other rank's sums must wait for this one's
+                for _ in range(20):
+                    square @ square
+            works = []
+            for x in xs:
+                works.append(start_sum(x, group))
+                square @ square
+            for work in works:
+                work.wait()
+            differ.append(sum(int((x != y).sum()) for x, y in zip(xs, expected, strict=True)))
+    return differ
+
+
+def test_a_sum_has_nccls_bits() -> None:
+    for found in run_ranks(sums_that_differ, 2, False):
+        assert found == [0] * 40
+
+
+def test_a_sum_that_is_not_waited_for_is_seen() -> None:
+    assert any(sum(found) > 0 for found in run_ranks(sums_that_differ, 2, True))
+
+
+def _every_sum_by_copies(*arguments: Any) -> TrainingRecord:
+    """The small models' tensors too."""
+    from models.parallel import copy_engine
+
+    plant(copy_engine, "LEAST_BYTES", 0)
+    return run_layout(*arguments)
+
+
+def _without_the_other_ranks_part(*arguments: Any) -> TrainingRecord:
+    from models.parallel.copy_engine import CopyEngineGroup
+
+    right = CopyEngineGroup._next_slot
+
+    def wrong(self: Any, x: torch.Tensor) -> Any:
+        mine, theirs = right(self, x)
+        return torch.zeros_like(mine), theirs
+
+    plant(CopyEngineGroup, "_next_slot", wrong)
+    return _every_sum_by_copies(*arguments)
+
+
+CHUNKS, COMPILE = "parallel.reduce_chunks=2", "train.compile=true"
+CASES = [
+    Case("zero1", 2, "fp32", overrides=(TP2, COPIES)),
+    Case("zero1", 2, "bf16", "llama", checkpoint_activations=True, overrides=(TP2, COPIES, CHUNKS)),
+    Case("zero1", 2, "bf16", overrides=(TP2, COPIES, COMPILE)),
+    Case("zero2", 2, "fp32", "llama", overrides=(TP2, COPIES, CHUNKS, COMPILE)),
+    Case("zero3", 2, "bf16", overrides=(TP2, COPIES, CHUNKS, COMPILE)),
+    Case(
+        "zero1", 2, "bf16", "llama", checkpoint_activations=True,
+        overrides=(TP2, COPIES, CHUNKS, COMPILE),
+    ),
+    Case("zero1", 2, "bf16", overrides=(TP2, CHUNKS, COMPILE)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_gpus_equal_one(case: Case, bench: Workbench) -> None:
+    case = replace(case, overrides=(TEXT, *case.overrides))
+    assert not [d for d in bench.compare(case, _every_sum_by_copies) if d.past]
+
+
+def test_a_sum_without_the_other_ranks_part_is_seen(bench: Workbench) -> None:
+    assert [d for d in bench.compare(CASES[0], _without_the_other_ranks_part) if d.past]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="four GPUs")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (TP2, PP2, *INTERLEAVED, "model.layers=4", COMPILE),
+        (TP2, PP2, *INTERLEAVED, "model.layers=4"),
+        (TP2, PP2, *INTERLEAVED, "model.layers=4", COPIES, CHUNKS, COMPILE),
+        (TP2, PP2, COPIES, CHUNKS, COMPILE),
+        (TP2, COPIES, CHUNKS, COMPILE),
+        ("parallel.tensor=4", CHUNKS, COMPILE),
+    ],
+    ids=lambda overrides: "-".join(each.rpartition(".")[2] for each in overrides),
+)
+def test_four_gpus_equal_one(overrides: tuple[str, ...], bench: Workbench) -> None:
+    for precision in ("fp32", "bf16"):
+        case = Case("zero1", 4, precision, micro_batch=2, overrides=(TEXT, *overrides))
+        assert not [d for d in bench.compare(case, _every_sum_by_copies) if d.past]

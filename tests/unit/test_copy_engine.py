@@ -1,0 +1,89 @@
+"""Which sums a copy-engine group takes over, with one of gloo's in its place: a CPU has no copy engine.
+
+What the group itself computes: tests/gpu/test_copy_engine.py.
+"""
+
+import gc
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.parallel import collectives, copy_engine
+from models.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from tests.parity.planting import plant
+from tests.ranks import run_ranks
+from tests.unit.tp_cases import start
+
+CALLS: list[int] = []
+
+
+class Counted(dist.ProcessGroup):
+    """Sums over gloo's group, and notes the sizes of what it adds up, in bytes."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
+        assert timeout > timedelta(0)
+        of_rank_and_size: Any = super().__init__
+        of_rank_and_size(dist.get_rank(group), dist.get_world_size(group))
+        self.group = group
+
+    def _begin(self, tensors: list[Tensor], *options: Any) -> Any:
+        CALLS.append(tensors[0].numel() * tensors[0].element_size())
+        return self.group.allreduce(tensors)
+
+    allreduce: Any = _begin
+
+
+def pass_through_layers(compiled: bool, chunks: int, least: int | None) -> tuple[list[Any], Any]:
+    """A column- and a row-parallel layer: the result, the gradients, and the sums that were counted."""
+    group = start()
+    if least is not None:
+        plant(copy_engine, "CopyEngineGroup", Counted)
+        plant(copy_engine, "LEAST_BYTES", least)
+        collectives.sum_by_copies(group)
+        gc.collect()  # torch keeps a group's name, and not the group
+    torch.manual_seed(dist.get_rank())
+    model = nn.Sequential(
+        ColumnParallelLinear(8, [32], group=group),
+        RowParallelLinear(32, 8, group=group, chunks=chunks),
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    if compiled:
+        model.compile()
+    torch.manual_seed(7)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    model(x).square().sum().backward()
+    maximum = collectives.all_reduce(torch.tensor([float(dist.get_rank())]), group, maximum=True)
+    found = [x.grad, *(parameter.grad for parameter in model.parameters()), maximum]
+    return [None if tensor is None else tensor.tolist() for tensor in found], list(CALLS)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_large_sums_alone_are_taken_over(compiled: bool) -> None:
+    whole = (
+        3 * 5 * 8 * 4
+    )  # bytes of the row-parallel layer's result, and of the gradient of the input
+    for chunks, forward in ((1, [whole]), (2, [8 * 8 * 4, 7 * 8 * 4])):
+        right = run_ranks(pass_through_layers, 2, compiled, chunks, None)
+        assert [calls for _, calls in right] == [[], []]
+        all_sums = run_ranks(pass_through_layers, 2, compiled, chunks, 0)
+        assert [calls for _, calls in all_sums] == [[*forward, whole]] * 2
+        large_ones = run_ranks(pass_through_layers, 2, compiled, chunks, whole)
+        counted = [whole] if chunks > 1 else [whole, whole]
+        assert [calls for _, calls in large_ones] == [counted] * 2
+        for found in (all_sums, large_ones):
+            assert [values for values, _ in found] == [values for values, _ in right]
+
+
+def group_of_four() -> None:
+    group = start()
+    with pytest.raises(ValueError, match="copies add up the tensors of 2 ranks, not 4"):
+        collectives.sum_by_copies(group)
+
+
+def test_two_ranks_alone_have_one() -> None:
+    run_ranks(group_of_four, 4)
