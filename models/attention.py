@@ -104,7 +104,7 @@ class Attention(nn.Module):
             config.hidden, widths, config.bias, tp.group, tp.sequence_parallel
         )
         self.out = RowParallelLinear(
-            widths[0], config.hidden, config.bias, tp.group, tp.sequence_parallel, tp.chunks
+            widths[0], config.hidden, config.bias, tp.group, tp.sequence_parallel
         )
         if config.qk_norm:
             self.query_norm = RMSNorm(config.head_dim, config.norm_eps, tp.group)

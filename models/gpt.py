@@ -66,7 +66,7 @@ class MLP(nn.Module):
             config.hidden, parts, config.bias, tp.group, tp.sequence_parallel
         )
         self.down = RowParallelLinear(
-            config.ffn, config.hidden, config.bias, tp.group, tp.sequence_parallel, tp.chunks
+            config.ffn, config.hidden, config.bias, tp.group, tp.sequence_parallel
         )
 
     def forward(self, x: Tensor) -> Tensor:

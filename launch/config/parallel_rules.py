@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from launch.config.schema import GPTModel, Parallel, Recipe
 
 
-_OF_TENSOR_RANKS = {"sequence": False, "reduce_chunks": 1, "copy_engine": False}
 _OF_A_PIPELINE = {"schedule": "1f1b", "model_chunks": 1, "partition": "parameters"}
 
 
@@ -79,27 +78,20 @@ def check_parallel(recipe: "Recipe") -> None:
 
 
 def _check_tensor_ranks(parallel: "Parallel") -> None:
-    set_keys = [k for k, default in _OF_TENSOR_RANKS.items() if getattr(parallel, k) != default]
-    for key in set_keys:
-        if parallel.tensor == 1:
-            raise UserError(
-                f"parallel.{key}: it is for tensor ranks, and parallel.tensor is 1; set that to 2 or more, "
-                "or take the key out"
-            )
-        if parallel.sequence and key != "sequence":
-            raise UserError(
-                f"parallel.{key}: it is for all-reduces, and parallel.sequence makes them reduce-scatters; "
-                "use parallel.sequence=false, or take the key out"
-            )
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError(
+            "parallel.sequence: it shards the sequence over the tensor ranks, and parallel.tensor "
+            "is 1; set that to 2 or more, or take the key out"
+        )
+    if parallel.copy_engine and parallel.sequence:
+        raise UserError(
+            "parallel.copy_engine: copies add up, and parallel.sequence makes the sums of tensor ranks "
+            "reduce-scatters; use parallel.sequence=false, or take the key out"
+        )
     if parallel.copy_engine and parallel.tensor != 2:
         raise UserError(
             f"parallel.copy_engine: copies add up the tensors of 2 ranks, and parallel.tensor is "
             f"{parallel.tensor}; use parallel.tensor=2, or take the key out"
-        )
-    if parallel.reduce_chunks > 1 and parallel.schedule == "zb-h1":
-        raise UserError(
-            "parallel.reduce_chunks: a row-parallel layer in chunks computes its gradients at once, and "
-            "zb-h1 puts those of weights off; use parallel.schedule=1f1b, or parallel.reduce_chunks=1"
         )
 
 
@@ -161,12 +153,11 @@ def _check_hf(recipe: "Recipe") -> None:
             "parallel.sequence: DeepSpeed's AutoTP, which shards models of family hf, leaves the sequence "
             "whole; take the key out"
         )
-    for key in ("reduce_chunks", "copy_engine"):
-        if getattr(parallel, key) != _OF_TENSOR_RANKS[key]:
-            raise UserError(
-                f"parallel.{key}: it is of our own layers, and DeepSpeed's AutoTP shards models of family "
-                "hf; take the key out"
-            )
+    if parallel.copy_engine:
+        raise UserError(
+            "parallel.copy_engine: it is of our own layers, and DeepSpeed's AutoTP shards models of family "
+            "hf; take the key out"
+        )
     if getattr(recipe.model, "lora", None) is not None:
         _check_lora(recipe)
     if parallel.tensor > 1 and recipe.train.compile:

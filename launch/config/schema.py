@@ -146,16 +146,14 @@ class Parallel(_Block):
     `sequence` is Megatron's sequence parallelism over the tensor ranks. `schedule` orders the
     pipeline's passes (`models/pipeline_schedules.py`), and `partition` splits its layers into
     stages: parameters, flops, uniform or type:REGEX (`models/pipeline_stages.py`). With the interleaved
-    schedule, each stage has `model_chunks` parts of the model. With `reduce_chunks`, the sums of tensor
-    ranks run beside the products that they are of (`models/parallel/summed_product.py`); with
-    `copy_engine`, on GPUs, two ranks add up by copies (`models/parallel/copy_engine.py`). Every axis of
-    `models/parallel/grid.py` except the data axis has a field of the same name.
+    schedule, each stage has `model_chunks` parts of the model. With `copy_engine`, on GPUs, two tensor
+    ranks add up by copies (`models/parallel/copy_engine.py`). Every axis of `models/parallel/grid.py`
+    except the data axis has a field of the same name.
     """
 
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     sequence: bool = False
-    reduce_chunks: PositiveInt = 1
     copy_engine: bool = False
     schedule: Literal["1f1b", "interleaved", "zb-h1", "gpipe", "naive"] = "1f1b"
     model_chunks: PositiveInt = 1

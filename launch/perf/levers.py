@@ -146,18 +146,6 @@ LEVERS = (
         _tensor_ranks,
     ),
     Lever(
-        "reduce-in-2-chunks",
-        "half of a row-parallel product is summed over the tensor ranks while the other half is computed",
-        _set("parallel.reduce_chunks=2"),
-        _tensor_ranks,
-    ),
-    Lever(
-        "reduce-at-once",
-        "a row-parallel product is summed over the tensor ranks when all of it is computed",
-        _set("parallel.reduce_chunks=1"),
-        _tensor_ranks,
-    ),
-    Lever(
         "copies-on",
         "two tensor ranks' sums are copies between their GPUs, and no kernels of NCCL",
         _set("parallel.copy_engine=true"),

@@ -61,10 +61,7 @@ def build_engine(
     recipe: Recipe, ds_config: dict[str, Any], ranks: RankInfo, topology: Topology
 ) -> DeepSpeedEngine:
     """The recipe's model on DeepSpeed's engine, ready for `launch/training/train_step.py`."""
-    dtype, tp = (
-        training_dtype(ds_config),
-        topology.tensor_parallel(recipe.parallel.sequence, recipe.parallel.reduce_chunks),
-    )
+    dtype, tp = training_dtype(ds_config), topology.tensor_parallel(recipe.parallel.sequence)
     train = recipe.train
     if topology.grid["pipeline"] > 1:
         model: nn.Module = build_pipeline(recipe, dtype, ranks.device, topology, tp)

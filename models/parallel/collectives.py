@@ -41,7 +41,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Work
 
-from models.parallel import copy_engine
+from models.parallel.copy_engine import CopyEngineGroup
 
 Group = dist.ProcessGroup | None
 
@@ -56,6 +56,7 @@ _functional: Any = torch.ops._c10d_functional
 group_named: Any = torch._C._distributed_c10d._resolve_process_group
 _name_group: Any = torch._C._distributed_c10d._register_process_group
 
+LEAST_BYTES = 2**20  # of a sum by copies: less goes to NCCL, in one launch
 # The name of a group, and that of the group which adds up its large tensors. torch keeps names alone.
 _summed_by: dict[str, str] = {}
 _copy_engine_groups: list[dist.ProcessGroup] = []
@@ -64,14 +65,14 @@ _copy_engine_groups: list[dist.ProcessGroup] = []
 def sum_by_copies(group: dist.ProcessGroup) -> None:
     """Let a group's two GPUs add up large tensors by copies; see `copy_engine.py`, also for errors."""
     name, timeout = f"copies of {group.group_name}", dist.distributed_c10d.default_pg_timeout
-    _copy_engine_groups.append(copy_engine.CopyEngineGroup(group, timeout))
+    _copy_engine_groups.append(CopyEngineGroup(group, timeout))
     _name_group(name, _copy_engine_groups[-1])
     _summed_by[group.group_name] = name
 
 
 def _name_to_sum(x: Tensor, group: dist.ProcessGroup) -> str:
     """The name of the group that adds up this tensor."""
-    large = x.numel() * x.element_size() >= copy_engine.LEAST_BYTES
+    large = x.numel() * x.element_size() >= LEAST_BYTES
     return _summed_by.get(group.group_name, group.group_name) if large else group.group_name
 
 

@@ -25,9 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Work
 
-LEAST_BYTES = 2**20  # NCCL is faster with less: a sum here is five launches or more
 PIECE_BYTES = 2**24
-MOST_PIECES = 16  # each has a signal of its own, and torch's default makes room for 256
+MOST_PIECES = 16  # each has a signal of its own
 
 
 class CopyEngineGroup(dist.ProcessGroup):

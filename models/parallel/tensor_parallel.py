@@ -34,7 +34,6 @@ from models.parallel.collectives import (
     reduce_from_group,
     reduce_scatter,
 )
-from models.parallel.summed_product import summed_product
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -172,9 +171,7 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """`x W^T + b` with the inputs sharded over the ranks, as a column-parallel layer leaves them.
 
-    Weight: `[out, in]`, per rank `[out, in / ranks]`. The bias is whole on every rank. In several
-    `chunks`, one is summed over the ranks while the next is computed (`summed_product.py`); with neither
-    sequence parallelism nor a `product` of a pipeline stage.
+    Weight: `[out, in]`, per rank `[out, in / ranks]`. The bias is whole on every rank.
 
     Raises:
         ValueError: if `in_features` is not divisible by the number of ranks.
@@ -187,11 +184,10 @@ class RowParallelLinear(nn.Module):
         bias: bool = True,
         group: Group = None,
         sequence_parallel: bool = False,
-        chunks: int = 1,
     ) -> None:
         super().__init__()
         _check_divides("input features", [in_features], group)
-        self.group, self.sequence_parallel, self.chunks = group, sequence_parallel, chunks
+        self.group, self.sequence_parallel = group, sequence_parallel
         self.weight = _cut_parameter([out_features, in_features], 1, [in_features], group)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.product: Product = F.linear
@@ -201,14 +197,13 @@ class RowParallelLinear(nn.Module):
 
         With sequence parallelism: to `[batch, sequence / ranks, out]`.
         """
-        if self.group is None or group_size(self.group) == 1:
+        if group_size(self.group) == 1:
             return self.product(x, self.weight, self.bias)
-        if self.chunks > 1:
-            y = summed_product(x, self.weight, self.group, self.chunks)
-        elif self.sequence_parallel:
-            y = reduce_scatter(self.product(x, self.weight, None), 1, self.group)
+        partial = self.product(x, self.weight, None)
+        if self.sequence_parallel:
+            y = reduce_scatter(partial, 1, self.group)
         else:
-            y = reduce_from_group(self.product(x, self.weight, None), self.group)
+            y = reduce_from_group(partial, self.group)
         if self.bias is None:
             return y
         # After the sum; otherwise the bias would be added once per rank.

@@ -15,14 +15,12 @@ class TensorParallel:
 
     `key_value_group` holds the tensor ranks that share one key/value head, if there are fewer such
     heads than ranks. `sequence_parallel` shards along the sequence the activations that tensor
-    parallelism leaves whole (arXiv:2205.05198). `chunks` are those of row-parallel products
-    (`summed_product.py`).
+    parallelism leaves whole (arXiv:2205.05198).
     """
 
     group: Group = None
     key_value_group: Group = None
     sequence_parallel: bool = False
-    chunks: int = 1
 
     @property
     def size(self) -> int:
@@ -64,12 +62,11 @@ class Topology:
         )
         self.ring = make_ring(grid.groups("pipeline")) if several_model_chunks else None
 
-    def tensor_parallel(self, sequence_parallel: bool = False, chunks: int = 1) -> TensorParallel:
+    def tensor_parallel(self, sequence_parallel: bool = False) -> TensorParallel:
         """The model's view of this topology."""
         if self.grid["tensor"] == 1:
             return ONE_RANK
-        group = self.groups["tensor"]
-        return TensorParallel(group, self.key_value_group, sequence_parallel, chunks)
+        return TensorParallel(self.groups["tensor"], self.key_value_group, sequence_parallel)
 
     def sum_by_copies(self) -> None:
         """Let tensor ranks add up by copies from GPU to GPU; see `copy_engine.py`, also for errors."""

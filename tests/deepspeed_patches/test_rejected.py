@@ -109,3 +109,34 @@ def step_in_fp16(stage: int) -> float:
 def test_fp16_at_stage_0_scales_no_loss() -> None:
     assert run_ranks(step_in_fp16, 1, 1) == [0.5]
     assert run_ranks(step_in_fp16, 1, 0) == [0.5 / 16], REPAIRED
+
+
+def train_in_two_micro_batches(zenflow: bool) -> tuple[bool, list[bool]]:
+    """Whether a matrix is as it was once the engine is built, and whether each micro batch moves it."""
+    import torch
+
+    model = torch.nn.Linear(4, 6, bias=False)
+    before = model.weight.detach().clone()
+    zero: dict[str, object] = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    if zenflow:
+        each_step = {"select_strategy": "step", "select_interval": 1, "update_interval": 1}
+        zero["zenflow"] = {"topk_ratio": 0.1, **each_step}
+    config = {
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0}},
+        "zero_optimization": zero,
+    }
+    engine = initialize(model, config)
+    kept, moved = torch.equal(model.weight, before), []
+    for _ in range(2):
+        before = model.weight.detach().clone()
+        engine.backward(engine(torch.ones(1, 4)).square().sum())
+        engine.step()
+        moved.append(not torch.equal(model.weight, before))
+    return kept, moved
+
+
+def test_zenflow_transposes_matrices_and_steps_in_each_micro_batch(built_ops: object) -> None:
+    assert run_ranks(train_in_two_micro_batches, 1, False) == [(True, [False, True])]
+    ((kept, moved),) = run_ranks(train_in_two_micro_batches, 1, True)
+    assert not kept and moved == [True, True], REPAIRED

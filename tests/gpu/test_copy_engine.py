@@ -29,7 +29,7 @@ def sums_that_differ(wait_left_out: bool) -> list[int]:
 
     prepare_environment()
     ranks = init_process_group()
-    from models.parallel import copy_engine
+    from models.parallel import collectives, copy_engine
     from models.parallel.collectives import all_reduce, start_sum, sum_by_copies
 
     group = dist.new_group([0, 1])
@@ -37,7 +37,7 @@ def sums_that_differ(wait_left_out: bool) -> list[int]:
     if wait_left_out:
         plant(copy_engine._Sum, "wait", lambda self, timeout=None: True)
     sum_by_copies(group)
-    plant(copy_engine, "LEAST_BYTES", 0)
+    plant(collectives, "LEAST_BYTES", 0)
     torch.manual_seed(ranks.rank)
     square = torch.randn(4096, 4096, device=ranks.device, dtype=torch.bfloat16)
     differ = []
@@ -69,9 +69,9 @@ def test_a_sum_that_is_not_waited_for_is_seen() -> None:
 
 def _every_sum_by_copies(*arguments: Any) -> TrainingRecord:
     """The small models' tensors too."""
-    from models.parallel import copy_engine
+    from models.parallel import collectives
 
-    plant(copy_engine, "LEAST_BYTES", 0)
+    plant(collectives, "LEAST_BYTES", 0)
     return run_layout(*arguments)
 
 
@@ -88,18 +88,17 @@ def _without_the_other_ranks_part(*arguments: Any) -> TrainingRecord:
     return _every_sum_by_copies(*arguments)
 
 
-CHUNKS, COMPILE = "parallel.reduce_chunks=2", "train.compile=true"
+COMPILE = "train.compile=true"
 CASES = [
     Case("zero1", 2, "fp32", overrides=(TP2, COPIES)),
-    Case("zero1", 2, "bf16", "llama", checkpoint_activations=True, overrides=(TP2, COPIES, CHUNKS)),
+    Case("zero1", 2, "bf16", "llama", checkpoint_activations=True, overrides=(TP2, COPIES)),
     Case("zero1", 2, "bf16", overrides=(TP2, COPIES, COMPILE)),
-    Case("zero2", 2, "fp32", "llama", overrides=(TP2, COPIES, CHUNKS, COMPILE)),
-    Case("zero3", 2, "bf16", overrides=(TP2, COPIES, CHUNKS, COMPILE)),
+    Case("zero2", 2, "fp32", "llama", overrides=(TP2, COPIES, COMPILE)),
+    Case("zero3", 2, "bf16", overrides=(TP2, COPIES, COMPILE)),
     Case(
         "zero1", 2, "bf16", "llama", checkpoint_activations=True,
-        overrides=(TP2, COPIES, CHUNKS, COMPILE),
+        overrides=(TP2, COPIES, COMPILE),
     ),
-    Case("zero1", 2, "bf16", overrides=(TP2, CHUNKS, COMPILE)),
 ]  # fmt: skip
 
 
@@ -116,17 +115,12 @@ def test_a_sum_without_the_other_ranks_part_is_seen(bench: Workbench) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="four GPUs")
 @pytest.mark.parametrize(
     "overrides",
-    [
-        (TP2, PP2, *INTERLEAVED, "model.layers=4", COMPILE),
-        (TP2, PP2, *INTERLEAVED, "model.layers=4"),
-        (TP2, PP2, *INTERLEAVED, "model.layers=4", COPIES, CHUNKS, COMPILE),
-        (TP2, PP2, COPIES, CHUNKS, COMPILE),
-        (TP2, COPIES, CHUNKS, COMPILE),
-        ("parallel.tensor=4", CHUNKS, COMPILE),
-    ],
-    ids=lambda overrides: "-".join(each.rpartition(".")[2] for each in overrides),
+    [(), (PP2,), (PP2, *INTERLEAVED, "model.layers=4")],
+    ids=["data", "1f1b", "interleaved"],
 )
-def test_four_gpus_equal_one(overrides: tuple[str, ...], bench: Workbench) -> None:
-    for precision in ("fp32", "bf16"):
-        case = Case("zero1", 4, precision, micro_batch=2, overrides=(TEXT, *overrides))
-        assert not [d for d in bench.compare(case, _every_sum_by_copies) if d.past]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_four_gpus_equal_one(precision: str, overrides: tuple[str, ...], bench: Workbench) -> None:
+    """Two groups of two tensor ranks, each with copies of its own."""
+    overrides = (TEXT, TP2, COPIES, COMPILE, *overrides)
+    case = Case("zero1", 4, precision, micro_batch=2, overrides=overrides)
+    assert not [d for d in bench.compare(case, _every_sum_by_copies) if d.past]

@@ -59,3 +59,21 @@ def test_two_gpus_equal_one(name: str, case: Case, bench: Workbench) -> None:
         worst[quantity] = f"{largest.value:.1e} ({largest.share:.0%})"
     print(f"\n| {name} | {case.family} | {case.precision} | {' | '.join(worst.values())} |")
     assert not [d for d in differences if d.past]
+
+
+COMPILE = "train.compile=true"
+OF_FOUR = {
+    "tensor 4": ("parallel.tensor=4",),
+    "tensor 2 x data 2": TENSOR,
+    "tensor 2 x pipeline 2, interleaved": (*TENSOR, *PIPELINE, *FOUR_PARTS),
+}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="four GPUs")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_gpus_equal_one(name: str, compiled: bool, bench: Workbench) -> None:
+    overrides = ("data.source=python-stdlib", *OF_FOUR[name], *([COMPILE] if compiled else []))
+    for precision in ("fp32", "bf16"):
+        case = Case("zero1", 4, precision, micro_batch=2, overrides=overrides)
+        assert not [d for d in bench.compare(case) if d.past]

@@ -49,11 +49,6 @@ CASES = [
     Case("zero1", 2, "bf16", micro_batch=2, overrides=(TP2, "model.vocab=321", COMPILE)),
     Case("zero2", 2, "fp32", "llama", checkpoint_activations=True, overrides=(TP2, COMPILE)),
     Case("zero3", 4, "fp32", overrides=("parallel.tensor=4", COMPILE)),
-    Case("zero1", 2, "bf16", micro_batch=2, overrides=(TP2, "parallel.reduce_chunks=2", COMPILE)),
-    Case(
-        "zero1", 4, "fp32", "llama", checkpoint_activations=True,
-        overrides=(TP2, PP2, "parallel.reduce_chunks=2", COMPILE),
-    ),
     Case("zero1", 4, "bf16", micro_batch=2, overrides=(TP2, PP2, COMPILE)),
     Case("zero1", 4, "fp32", "llama", micro_batch=2, overrides=(TP2, PP2, *FOUR_PARTS, COMPILE)),
 ]  # fmt: skip

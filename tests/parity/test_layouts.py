@@ -71,7 +71,6 @@ SIX_HEADS = (
 )  # fmt: skip
 # One key head on four ranks, each with a quarter of its rows; norms of heads on every rank.
 ONE_KEY = ("parallel.tensor=4", "model.kv_heads=1", "model.qk_norm=true", "model.tied=true")
-REDUCE_CHUNKS = "parallel.reduce_chunks=3"
 ZERO_BUBBLE = "parallel.schedule=zb-h1"
 FIVE_BLOCKS = (*INTERLEAVED, "model.layers=5")  # in the four parts of two stages
 SPECIAL = [
@@ -114,10 +113,6 @@ SPECIAL = [
         "zero3_offload_cpu", 1, "bf16", "llama", checkpoint_activations=True,
         overrides=(MLP_CHUNKS, LOSS_CHUNKS, ON_CPU),
     ),
-    Case("zero1", 2, "fp32", "gpt2", overrides=(TP2, REDUCE_CHUNKS), uneven_weights=True),
-    Case("zero3", 4, "bf16", "llama", checkpoint_activations=True, overrides=(TP2, REDUCE_CHUNKS)),
-    Case("zero1", 2, "bf16", "gpt2", overrides=(TP2, REDUCE_CHUNKS, *AUTOCAST)),
-    Case("zero1", 4, "fp32", "llama", overrides=(TP2, PP2, REDUCE_CHUNKS, *FIVE_BLOCKS)),
     Case("zero1", 3, "fp32", "llama", overrides=SIX_HEADS),
     Case("zero0", 3, "bf16", "gpt2", overrides=SIX_HEADS),
     Case("zero1", 4, "fp32", "llama", overrides=(*ONE_KEY, "parallel.sequence=true")),

@@ -282,5 +282,6 @@ def test_the_pair_of_layers_can_be_copied(tmp_path: Path) -> None:
         assert loaded == {
             "models.parallel",
             "models.parallel.collectives",
+            "models.parallel.copy_engine",
             "models.parallel.tensor_parallel",
         }

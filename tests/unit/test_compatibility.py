@@ -13,6 +13,7 @@ from launch.paths import ROOT
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 SEQUENCE = "parallel.sequence=true"
 CHUNKS = "model.loss_chunks=4"
+COPIES = "parallel.copy_engine=true"
 GRAPHS = "train.cuda_graphs=true"
 INTERLEAVED = ("parallel.schedule=interleaved", "parallel.model_chunks=2")
 
@@ -45,6 +46,20 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
             "deepspeed.fp16.fp16_master_weights_and_grads=true",
         ),
         r"fp16.fp16_master_weights_and_grads: nothing checks .* use bf16",
+    ),
+    "copies of four ranks": (
+        "zero1", ("parallel.tensor=4", COPIES), r"parallel.copy_engine: .* 2 ranks, and .* is 4; use",
+    ),
+    "copies of one rank": ("zero1", (COPIES,), r"parallel.copy_engine: .* parallel.tensor is 1; use"),
+    "copies with sequence parallelism": (
+        "zero1", (TENSOR, SEQUENCE, COPIES), r"parallel.copy_engine: .* use parallel.sequence=false, or",
+    ),
+    "copies of transformers": (
+        "hf_qwen3_0b6_zero2", (TENSOR, COPIES), r"parallel.copy_engine: it is of our own layers",
+    ),
+    "copies in CUDA graphs": (
+        "zero1", (TENSOR, COPIES, GRAPHS, "train.compile=true"),
+        r"train.cuda_graphs: .* copies of parallel.copy_engine .* take either key out",
     ),
     "Muon in fp16": (
         "zero1",
@@ -171,14 +186,17 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
         r"parallel.tensor: 4 ranks do not divide the model's 12 heads, 3 key/value heads .* use 3 or 6",
     ),
     **{
-        key: ("zero3", (f"deepspeed.{key}={value}",), rf"{key}.*: .* nothing checks it; take the key out")
-        for key, value in {
-            "zero_optimization.zero_quantized_weights": "true",
-            "zero_optimization.zero_quantized_gradients": "true",
-            "zero_optimization.zenflow": "{topk_ratio: 0.1}",
-            "zero_optimization.offload_optimizer": "{device: cpu, super_offload: true}",
-            "compile.deepcompile": "true",
-        }.items()
+        key: ("zero3", (f"deepspeed.{key}={value}",), rf"{key}.*: {reason}; take the key out")
+        for key, value, reason in (
+            ("zero_optimization.zero_quantized_weights", "true", ".* 8 bits, and nothing checks it"),
+            ("zero_optimization.zero_quantized_gradients", "true", ".* 4 bits, and nothing checks it"),
+            ("zero_optimization.zenflow", "{topk_ratio: 0.1}", "it transposes .* every micro batch"),
+            (
+                "zero_optimization.offload_optimizer", "{device: cpu, super_offload: true}",
+                "it was slower than offload without it",
+            ),
+            ("compile.deepcompile", "true", "with torch 2.11, models did not get through .*"),
+        )
     },
     "a loss in chunks at a stage's end": (
         "zero1", (PIPELINE, CHUNKS), r"model.loss_chunks: .* use parallel.pipeline=1, or model",

@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.parallel import collectives, copy_engine
+from launch.config.layout import plan_layout
+from launch.config.load import load_recipe
+from launch.errors import UserError
+from launch.paths import ROOT
+from launch.training import engine
+from models.parallel import collectives
 from models.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from tests.parity.planting import plant
 from tests.ranks import run_ranks
@@ -37,18 +42,18 @@ class Counted(dist.ProcessGroup):
     allreduce: Any = _begin
 
 
-def pass_through_layers(compiled: bool, chunks: int, least: int | None) -> tuple[list[Any], Any]:
+def pass_through_layers(compiled: bool, least: int | None) -> tuple[list[Any], Any]:
     """A column- and a row-parallel layer: the result, the gradients, and the sums that were counted."""
     group = start()
     if least is not None:
-        plant(copy_engine, "CopyEngineGroup", Counted)
-        plant(copy_engine, "LEAST_BYTES", least)
+        plant(collectives, "CopyEngineGroup", Counted)
+        plant(collectives, "LEAST_BYTES", least)
         collectives.sum_by_copies(group)
         gc.collect()  # torch keeps a group's name, and not the group
     torch.manual_seed(dist.get_rank())
     model = nn.Sequential(
         ColumnParallelLinear(8, [32], group=group),
-        RowParallelLinear(32, 8, group=group, chunks=chunks),
+        RowParallelLinear(32, 8, group=group),
     )
     for parameter in model.parameters():
         nn.init.normal_(parameter)
@@ -64,25 +69,44 @@ def pass_through_layers(compiled: bool, chunks: int, least: int | None) -> tuple
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_large_sums_alone_are_taken_over(compiled: bool) -> None:
-    whole = (
-        3 * 5 * 8 * 4
-    )  # bytes of the row-parallel layer's result, and of the gradient of the input
-    for chunks, forward in ((1, [whole]), (2, [8 * 8 * 4, 7 * 8 * 4])):
-        right = run_ranks(pass_through_layers, 2, compiled, chunks, None)
-        assert [calls for _, calls in right] == [[], []]
-        all_sums = run_ranks(pass_through_layers, 2, compiled, chunks, 0)
-        assert [calls for _, calls in all_sums] == [[*forward, whole]] * 2
-        large_ones = run_ranks(pass_through_layers, 2, compiled, chunks, whole)
-        counted = [whole] if chunks > 1 else [whole, whole]
-        assert [calls for _, calls in large_ones] == [counted] * 2
-        for found in (all_sums, large_ones):
-            assert [values for values, _ in found] == [values for values, _ in right]
+    whole = 3 * 5 * 8 * 4  # bytes of the result, and of the gradient of the input
+    right = run_ranks(pass_through_layers, 2, compiled, None)
+    assert [calls for _, calls in right] == [[], []]
+    for least, counted in ((0, [whole, whole]), (whole, [whole, whole]), (whole + 1, [])):
+        found = run_ranks(pass_through_layers, 2, compiled, least)
+        assert [calls for _, calls in found] == [counted] * 2
+        assert [values for values, _ in found] == [values for values, _ in right]
 
 
 def group_of_four() -> None:
     group = start()
     with pytest.raises(ValueError, match="copies add up the tensors of 2 ranks, not 4"):
         collectives.sum_by_copies(group)
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_gpus_that_cannot_read_each_others_memory(
+    gpus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Apart:
+        def __init__(self, *arguments: Any) -> None:
+            pass
+
+        def sum_by_copies(self) -> None:
+            raise RuntimeError("CUDA error: peer access is not supported\nand more")
+
+    monkeypatch.setattr(engine, "Topology", Apart)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    overrides = ["parallel.copy_engine=true"]
+    recipe = load_recipe(ROOT / "recipes/gpt_tiny_tp2_zero1.yaml", overrides)
+    layout = plan_layout(recipe, 2)
+    if not gpus:
+        assert isinstance(engine.make_topology(recipe, layout), Apart)
+        return
+    with pytest.raises(
+        UserError, match=r"parallel.copy_engine: .* is not supported\); use parallel"
+    ):
+        engine.make_topology(recipe, layout)
 
 
 def test_two_ranks_alone_have_one() -> None:

@@ -52,8 +52,6 @@ def all_layers_apart() -> Distances:
             distances = row_apart(group, bias=bias, sequence_parallel=sequence_parallel)
             assert ("bias" in distances) == bias
             add(f"row, bias {bias}, {mode}", distances)
-    for chunks in (2, 3, 100):  # the last are more than there are tokens
-        add(f"row in {chunks} chunks", row_apart(group, chunks=chunks))
     for vocab in (12, 13, 5):
         add(f"embedding of {vocab}", embedding_apart(group, vocab))
     return found

@@ -129,13 +129,13 @@ def column_apart(
 
 
 def row_apart(
-    group: dist.ProcessGroup, *, bias: bool = True, sequence_parallel: bool = False, chunks: int = 1
+    group: dist.ProcessGroup, *, bias: bool = True, sequence_parallel: bool = False
 ) -> Distances:
     """RowParallelLinear and nn.Linear. The loss is the same on all ranks, or about a rank's tokens."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     plain = nn.Linear(WIDTH, 12, bias)
-    layer = RowParallelLinear(WIDTH, 12, bias, group, sequence_parallel, chunks)
+    layer = RowParallelLinear(WIDTH, 12, bias, group, sequence_parallel)
     load(layer, plain)
     x = torch.randn(BATCH, SEQUENCE, WIDTH, requires_grad=True)
     slope = torch.randn(BATCH, SEQUENCE, 12)
