@@ -142,9 +142,8 @@ class Recorder:
     def _enter(self, root: nn.Module, inputs: Any) -> None:
         if root.training:
             self._inside = True
-            chunk = getattr(
-                root, "chunk", None
-            )  # those of a pipeline stage take micro batches in turns
+            # The model chunks of a pipeline stage take micro batches in turns.
+            chunk = getattr(root, "chunk", None)
             self.micro_batch = self._entered[chunk]
             self._entered[chunk] += 1
             self._calls.clear()

@@ -53,7 +53,7 @@ _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce
 _functional: Any = torch.ops._c10d_functional
 
 # torch has no public names for these.
-group_named: Any = torch._C._distributed_c10d._resolve_process_group
+_group_named: Any = torch._C._distributed_c10d._resolve_process_group
 _name_group: Any = torch._C._distributed_c10d._register_process_group
 
 LEAST_BYTES = 2**20  # of a sum by copies: less goes to NCCL, in one launch
@@ -94,7 +94,7 @@ def start_sum(x: Tensor, group: dist.ProcessGroup) -> Work:
     name = _name_to_sum(x, group)
     work: Work
     if name != group.group_name:
-        work = group_named(name).allreduce([x])
+        work = _group_named(name).allreduce([x])
     else:
         work = dist.all_reduce(x, group=group, async_op=True)
     return work

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.parity.cases import FAMILIES, Case, Workbench, hundred_steps
+from tests.parity.kinds import COMPILE, STDLIB
 
 pytestmark = pytest.mark.gpu
 RANKS = (1, 2)[: max(1, torch.cuda.device_count())]
@@ -21,7 +22,7 @@ def test_zero3_equals_one_gpu_over_a_hundred_steps(
     assert not [d for d in differences if d.past]
 
 
-GRAPHS = ("train.compile=true", "train.cuda_graphs=true", "data.source=python-stdlib")
+GRAPHS = (COMPILE, "train.cuda_graphs=true", STDLIB)
 RECORDED = {  # ranks, ZeRO stage, overrides
     "one GPU": (1, 1, ()),
     "ZeRO-2 on one GPU": (1, 2, ()),

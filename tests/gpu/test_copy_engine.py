@@ -9,12 +9,11 @@ import torch.distributed as dist
 
 from launch.parity.run import TrainingRecord, run_layout
 from tests.parity.cases import Case, Workbench
-from tests.parity.kinds import INTERLEAVED, PP2, TP2
+from tests.parity.kinds import COMPILE, INTERLEAVED, PP2, STDLIB, TP2
 from tests.parity.planting import plant
 from tests.ranks import run_ranks
 
 COPIES = "parallel.copy_engine=true"
-TEXT = "data.source=python-stdlib"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs"),
@@ -88,7 +87,6 @@ def _without_the_other_ranks_part(*arguments: Any) -> TrainingRecord:
     return _every_sum_by_copies(*arguments)
 
 
-COMPILE = "train.compile=true"
 CASES = [
     Case("zero1", 2, "fp32", overrides=(TP2, COPIES)),
     Case("zero1", 2, "bf16", "llama", checkpoint_activations=True, overrides=(TP2, COPIES)),
@@ -104,7 +102,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_gpus_equal_one(case: Case, bench: Workbench) -> None:
-    case = replace(case, overrides=(TEXT, *case.overrides))
+    case = replace(case, overrides=(STDLIB, *case.overrides))
     assert not [d for d in bench.compare(case, _every_sum_by_copies) if d.past]
 
 
@@ -121,6 +119,6 @@ def test_a_sum_without_the_other_ranks_part_is_seen(bench: Workbench) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_four_gpus_equal_one(precision: str, overrides: tuple[str, ...], bench: Workbench) -> None:
     """Two groups of two tensor ranks, each with copies of its own."""
-    overrides = (TEXT, TP2, COPIES, COMPILE, *overrides)
+    overrides = (STDLIB, TP2, COPIES, COMPILE, *overrides)
     case = Case("zero1", 4, precision, micro_batch=2, overrides=overrides)
     assert not [d for d in bench.compare(case, _every_sum_by_copies) if d.past]

@@ -10,7 +10,7 @@ import torch
 
 from tests.parity.cases import Case, Workbench
 from tests.parity.half import fp16
-from tests.parity.kinds import INTERLEAVED
+from tests.parity.kinds import COMPILE, INTERLEAVED, STDLIB
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +40,7 @@ def cases() -> list[tuple[str, Case]]:
     for name, (stage, overrides) in LAYOUTS.items():
         for family in ("gpt2", "llama"):
             for precision in ("fp32", "bf16", "fp16") if stage else ("fp32", "bf16"):
-                extra: tuple[str, ...] = ("data.source=python-stdlib",)
+                extra: tuple[str, ...] = (STDLIB,)
                 extra += fp16(stage) if precision == "fp16" else ()
                 case = Case(
                     f"zero{stage}", 2, precision, family, 2, overrides=(*extra, *overrides),
@@ -61,7 +61,6 @@ def test_two_gpus_equal_one(name: str, case: Case, bench: Workbench) -> None:
     assert not [d for d in differences if d.past]
 
 
-COMPILE = "train.compile=true"
 OF_FOUR = {
     "tensor 4": ("parallel.tensor=4",),
     "tensor 2 x data 2": TENSOR,
@@ -73,7 +72,7 @@ OF_FOUR = {
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", OF_FOUR)
 def test_four_gpus_equal_one(name: str, compiled: bool, bench: Workbench) -> None:
-    overrides = ("data.source=python-stdlib", *OF_FOUR[name], *([COMPILE] if compiled else []))
+    overrides = (STDLIB, *OF_FOUR[name], *([COMPILE] if compiled else []))
     for precision in ("fp32", "bf16"):
         case = Case("zero1", 4, precision, micro_batch=2, overrides=overrides)
         assert not [d for d in bench.compare(case) if d.past]

@@ -3,6 +3,7 @@
 from tests.parity.cases import Case
 
 TP2, PP2, SEQUENCE = "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"
+COMPILE, STDLIB = "train.compile=true", "data.source=python-stdlib"
 INTERLEAVED = ("parallel.schedule=interleaved", "parallel.model_chunks=2")
 # What ZeRO-1's JSON needs to step on the CPU.
 OFFLOAD = (

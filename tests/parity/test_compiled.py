@@ -19,11 +19,10 @@ from models.parallel.grid import Grid
 from models.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from models.parallel.topology import Topology
 from tests.parity.cases import FAMILIES, Case, Workbench, hundred_steps
-from tests.parity.kinds import INTERLEAVED, PP2, TP2
+from tests.parity.kinds import COMPILE, INTERLEAVED, PP2, TP2
 from tests.ranks import run_ranks
 from tests.unit.tp_cases import start
 
-COMPILE = "train.compile=true"
 FOUR_PARTS = (*INTERLEAVED, "model.layers=4")
 CASES = [
     Case("zero3", 2, checkpoint_activations=True, overrides=(COMPILE,)),
