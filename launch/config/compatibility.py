@@ -129,11 +129,6 @@ def _check_cuda_graphs(recipe: "Recipe", layout: "Layout", stage: int) -> None:
         raise UserError(
             "train.cuda_graphs: nothing checks them with models of family hf; take the key out"
         )
-    if recipe.parallel.copy_engine:
-        raise UserError(
-            "train.cuda_graphs: a replayed graph puts the copies of parallel.copy_engine where they were "
-            "before, in use or not; take either key out"
-        )
     if not compiled_as_whole(layout.grid, stage, recipe.model.cpu_checkpointing):
         raise UserError(
             "train.cuda_graphs: they record a model that is compiled as a whole, and this layout compiles "

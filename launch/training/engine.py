@@ -41,14 +41,17 @@ def make_topology(recipe: Recipe, layout: Layout) -> Topology:
     Raises:
         UserError: if `parallel.copy_engine` asks for what these GPUs cannot do.
     """
-    sharing = 1
+    sharing, largest = 1, 0
     if isinstance(recipe.model, GPTModel):
-        sharing = max(1, layout.grid["tensor"] // recipe.model.shape.kv_heads)
+        shape = recipe.model.shape
+        sharing = max(1, layout.grid["tensor"] // shape.kv_heads)
+        tokens = layout.micro_batch * recipe.data.sequence_length
+        largest = tokens * shape.hidden * torch.float32.itemsize
     parallel = recipe.parallel
     topology = Topology(layout.grid, sharing, parallel.model_chunks > 1)
     if parallel.copy_engine and torch.cuda.is_available():
         try:
-            topology.sum_by_copies()
+            topology.sum_by_copies(largest)
         except RuntimeError as error:
             raise UserError(
                 "parallel.copy_engine: the GPUs of the tensor ranks do not read each other's memory "

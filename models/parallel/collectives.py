@@ -57,23 +57,27 @@ _group_named: Any = torch._C._distributed_c10d._resolve_process_group
 _name_group: Any = torch._C._distributed_c10d._register_process_group
 
 LEAST_BYTES = 2**20  # of a sum by copies: less goes to NCCL, in one launch
-# The name of a group, and that of the group which adds up its large tensors. torch keeps names alone.
-_summed_by: dict[str, str] = {}
-_copy_engine_groups: list[dist.ProcessGroup] = []
+# By a group's name: the name of the group that adds up its large tensors, and the most bytes of one.
+_summed_by: dict[str, tuple[str, int]] = {}
+_copy_engine_groups: list[dist.ProcessGroup] = []  # torch keeps the names alone
 
 
-def sum_by_copies(group: dist.ProcessGroup) -> None:
-    """Let a group's two GPUs add up large tensors by copies; see `copy_engine.py`, also for errors."""
+def sum_by_copies(group: dist.ProcessGroup, most_bytes: int) -> None:
+    """Let a group's two GPUs add up large tensors by copies; see `copy_engine.py`, also for errors.
+
+    NCCL adds up those of less than `LEAST_BYTES` and of more than `most_bytes`.
+    """
     name, timeout = f"copies of {group.group_name}", dist.distributed_c10d.default_pg_timeout
-    _copy_engine_groups.append(CopyEngineGroup(group, timeout))
+    _copy_engine_groups.append(CopyEngineGroup(group, most_bytes, timeout))
     _name_group(name, _copy_engine_groups[-1])
-    _summed_by[group.group_name] = name
+    _summed_by[group.group_name] = name, most_bytes
 
 
 def _name_to_sum(x: Tensor, group: dist.ProcessGroup) -> str:
     """The name of the group that adds up this tensor."""
-    large = x.numel() * x.element_size() >= LEAST_BYTES
-    return _summed_by.get(group.group_name, group.group_name) if large else group.group_name
+    name, most_bytes = _summed_by.get(group.group_name, ("", 0))
+    by_copies = LEAST_BYTES <= x.numel() * x.element_size() <= most_bytes
+    return name if by_copies else group.group_name
 
 
 def group_size(group: Group) -> int:

@@ -68,9 +68,12 @@ class Topology:
             return ONE_RANK
         return TensorParallel(self.groups["tensor"], self.key_value_group, sequence_parallel)
 
-    def sum_by_copies(self) -> None:
-        """Let tensor ranks add up by copies from GPU to GPU; see `copy_engine.py`, also for errors."""
-        sum_by_copies(self.groups["tensor"])
+    def sum_by_copies(self, most_bytes: int) -> None:
+        """Let tensor ranks add up by copies from GPU to GPU tensors of up to `most_bytes`.
+
+        For errors, see `copy_engine.py`.
+        """
+        sum_by_copies(self.groups["tensor"], most_bytes)
 
     def get_model_parallel_rank(self) -> int:
         """This rank's index among the ranks that hold one model."""

@@ -14,6 +14,7 @@ from tests.parity.planting import plant
 from tests.ranks import run_ranks
 
 COPIES = "parallel.copy_engine=true"
+GRAPHS = "train.cuda_graphs=true"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs"),
@@ -35,7 +36,7 @@ def sums_that_differ(wait_left_out: bool) -> list[int]:
     theirs = dist.new_group([0, 1])
     if wait_left_out:
         plant(copy_engine._Sum, "wait", lambda self, timeout=None: True)
-    sum_by_copies(group)
+    sum_by_copies(group, 2**28)
     plant(collectives, "LEAST_BYTES", 0)
     torch.manual_seed(ranks.rank)
     square = torch.randn(4096, 4096, device=ranks.device, dtype=torch.bfloat16)
@@ -66,6 +67,63 @@ def test_a_sum_that_is_not_waited_for_is_seen() -> None:
     assert any(sum(found) > 0 for found in run_ranks(sums_that_differ, 2, True))
 
 
+def replayed_sums_that_differ(frees: bool) -> list[int]:
+    """Elements of which a recorded sum, replayed, and NCCL's differ: one sum, so one slot every time.
+
+    Rank 1 has what it needs long before it adds; without `frees`, rank 0 does not wait for that.
+    """
+    from launch.runtime.process_group import init_process_group, prepare_environment
+
+    prepare_environment()
+    ranks = init_process_group()
+    from models.parallel.collectives import all_reduce, start_sum, sum_by_copies
+    from models.parallel.copy_engine import _FREE, _Slots
+
+    group, theirs = dist.new_group([0, 1]), dist.new_group([0, 1])
+    torch.manual_seed(ranks.rank)
+    square = torch.randn(4096, 4096, device=ranks.device, dtype=torch.bfloat16)
+    wait, signal = _Slots.wait, _Slots.signal
+
+    def wait_long(self: Any, slot: int, number: int) -> None:
+        if number == _FREE and not frees:
+            return
+        wait(self, slot, number)
+        if number != _FREE and ranks.rank == 1:
+            for _ in range(20):
+                square @ square
+
+    def signal_pieces(self: Any, slot: int, number: int) -> None:
+        if number != _FREE or frees:
+            signal(self, slot, number)
+
+    plant(_Slots, "wait", wait_long)
+    plant(_Slots, "signal", signal_pieces)
+    xs = torch.randn(20, 2**22, device=ranks.device)
+    expected = [all_reduce(x, theirs) for x in xs]
+    sum_by_copies(group, xs[0].nbytes)
+    x = xs[0].clone()
+    start_sum(x, group).wait()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        start_sum(x, group).wait()
+    differ = []
+    for value, sum_ in zip(xs, expected, strict=True):
+        x.copy_(value)
+        graph.replay()
+        differ.append((x != sum_).sum())
+    return [int(each) for each in differ]
+
+
+def test_a_sum_in_a_cuda_graph_has_nccls_bits() -> None:
+    for found in run_ranks(replayed_sums_that_differ, 2, True):
+        assert found == [0] * 20
+
+
+def test_a_slot_that_is_not_free_yet_is_seen() -> None:
+    assert any(sum(found) > 0 for found in run_ranks(replayed_sums_that_differ, 2, False))
+
+
 def _every_sum_by_copies(*arguments: Any) -> TrainingRecord:
     """The small models' tensors too."""
     from models.parallel import collectives
@@ -75,15 +133,15 @@ def _every_sum_by_copies(*arguments: Any) -> TrainingRecord:
 
 
 def _without_the_other_ranks_part(*arguments: Any) -> TrainingRecord:
-    from models.parallel.copy_engine import CopyEngineGroup
+    from models.parallel.copy_engine import _Slots
 
-    right = CopyEngineGroup._next_slot
+    right = _Slots.as_tensors
 
-    def wrong(self: Any, x: torch.Tensor) -> Any:
-        mine, theirs = right(self, x)
+    def wrong(self: Any, x: torch.Tensor, slot: int) -> Any:
+        mine, theirs = right(self, x, slot)
         return torch.zeros_like(mine), theirs
 
-    plant(CopyEngineGroup, "_next_slot", wrong)
+    plant(_Slots, "as_tensors", wrong)
     return _every_sum_by_copies(*arguments)
 
 
@@ -91,6 +149,8 @@ CASES = [
     Case("zero1", 2, "fp32", overrides=(TP2, COPIES)),
     Case("zero1", 2, "bf16", "llama", checkpoint_activations=True, overrides=(TP2, COPIES)),
     Case("zero1", 2, "bf16", overrides=(TP2, COPIES, COMPILE)),
+    Case("zero1", 2, "bf16", overrides=(TP2, COPIES, COMPILE, GRAPHS)),
+    Case("zero1", 2, "fp32", "llama", overrides=(TP2, COPIES, COMPILE, GRAPHS)),
     Case("zero2", 2, "fp32", "llama", overrides=(TP2, COPIES, COMPILE)),
     Case("zero3", 2, "bf16", overrides=(TP2, COPIES, COMPILE)),
     Case(

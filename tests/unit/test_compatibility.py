@@ -57,10 +57,6 @@ REJECTED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "copies of transformers": (
         "hf_qwen3_0b6_zero2", (TENSOR, COPIES), r"parallel.copy_engine: it is of our own layers",
     ),
-    "copies in CUDA graphs": (
-        "zero1", (TENSOR, COPIES, GRAPHS, "train.compile=true"),
-        r"train.cuda_graphs: .* copies of parallel.copy_engine .* take either key out",
-    ),
     "Muon in fp16": (
         "zero1",
         (

@@ -29,7 +29,7 @@ CALLS: list[int] = []
 class Counted(dist.ProcessGroup):
     """Sums over gloo's group, and notes the sizes of what it adds up, in bytes."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
+    def __init__(self, group: dist.ProcessGroup, most_bytes: int, timeout: timedelta) -> None:
         assert timeout > timedelta(0)
         of_rank_and_size: Any = super().__init__
         of_rank_and_size(dist.get_rank(group), dist.get_world_size(group))
@@ -42,13 +42,13 @@ class Counted(dist.ProcessGroup):
     allreduce: Any = _begin
 
 
-def pass_through_layers(compiled: bool, least: int | None) -> tuple[list[Any], Any]:
+def pass_through_layers(compiled: bool, limits: tuple[int, int] | None) -> tuple[list[Any], Any]:
     """A column- and a row-parallel layer: the result, the gradients, and the sums that were counted."""
     group = start()
-    if least is not None:
+    if limits is not None:
         plant(collectives, "CopyEngineGroup", Counted)
-        plant(collectives, "LEAST_BYTES", least)
-        collectives.sum_by_copies(group)
+        plant(collectives, "LEAST_BYTES", limits[0])
+        collectives.sum_by_copies(group, limits[1])
         gc.collect()  # torch keeps a group's name, and not the group
     torch.manual_seed(dist.get_rank())
     model = nn.Sequential(
@@ -72,8 +72,12 @@ def test_large_sums_alone_are_taken_over(compiled: bool) -> None:
     whole = 3 * 5 * 8 * 4  # bytes of the result, and of the gradient of the input
     right = run_ranks(pass_through_layers, 2, compiled, None)
     assert [calls for _, calls in right] == [[], []]
-    for least, counted in ((whole, [whole, whole]), (whole + 1, [])):
-        found = run_ranks(pass_through_layers, 2, compiled, least)
+    for limits, counted in (
+        ((whole, whole), [whole, whole]),
+        ((whole + 1, 2 * whole), []),
+        ((0, whole - 1), []),
+    ):
+        found = run_ranks(pass_through_layers, 2, compiled, limits)
         assert [calls for _, calls in found] == [counted] * 2
         assert [values for values, _ in found] == [values for values, _ in right]
 
@@ -81,7 +85,7 @@ def test_large_sums_alone_are_taken_over(compiled: bool) -> None:
 def group_of_four() -> None:
     group = start()
     with pytest.raises(ValueError, match="copies add up the tensors of 2 ranks, not 4"):
-        collectives.sum_by_copies(group)
+        collectives.sum_by_copies(group, 2**20)
 
 
 @pytest.mark.parametrize("gpus", [False, True])
@@ -92,7 +96,7 @@ def test_gpus_that_cannot_read_each_others_memory(
         def __init__(self, *arguments: Any) -> None:
             pass
 
-        def sum_by_copies(self) -> None:
+        def sum_by_copies(self, most_bytes: int) -> None:
             raise RuntimeError("CUDA error: peer access is not supported\nand more")
 
     monkeypatch.setattr(engine, "Topology", Apart)
