@@ -196,7 +196,12 @@ class Step:
                 self.gathered.loss,
             ),
             "the reduction of gradients": self._parts(
-                self.state.gradients + self._unreduced(), 0, 0, self._reduction(), self.gathered.end
+                max(self.state.gradients, self.state.carried + self.state.reduced)
+                + self._unreduced(),
+                0,
+                0,
+                self._reduction(),
+                self.gathered.end,
             ),
             "the update": self._parts(self.state.gradients, 0, 0, self._update(), 0),
         }
@@ -241,7 +246,7 @@ class Step:
             # A tied weight's gradient waits for the embedding's; another is added to those before it.
             waits = self.tied or before == self.state.always
             found["a block's backward pass"] = self._parts(
-                before + (own if waits else 0),
+                before + self.state.reduced_early + (own if waits else 0),
                 micro + kept.block_backward + max(0.0, kept.waiting - kept.kept),
                 logits - done - kept.logits,
                 self.state.backward + self._head_reduction(),

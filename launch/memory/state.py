@@ -42,6 +42,8 @@ class State:
         gradients: all gradients when the update starts.
         always: the part of `gradients` that exists between steps too.
         carried: the part that a micro batch leaves for the next.
+        reduced: a micro batch's own gradients after their reduction, where they are kept beside `carried`.
+        reduced_early: the part of `reduced` that takes its memory with the first gradient.
         buckets: communication buffers that exist all the time.
         backward: communication buffers that exist during the backward pass only.
         waiting: the part of `backward` that a micro batch leaves for the next.
@@ -53,6 +55,8 @@ class State:
     gradients: int = 0
     always: int = 0
     carried: int = 0
+    reduced: int = 0
+    reduced_early: int = 0
     buckets: int = 0
     backward: int = 0
     waiting: int = 0
@@ -191,6 +195,10 @@ def _zero12(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> St
         found.gradients += (_FP32 if wide else size) * count(shapes)
         found.carried = found.gradients - accumulator
         found.waiting = found.backward  # no micro batch but the last is reduced, and empties them
+    elif not wide and offload_device(ds_config, "offload_optimizer") == "none":
+        # Added to the others when all are there; fp32 sums are added to as gradients come.
+        found.reduced = size * part
+        found.reduced_early = found.reduced * bool(zero.get("contiguous_gradients", True))
     if offload_device(ds_config, "offload_optimizer") != "none":
         found.host = {
             "optimizer": found.optimizer, "gradients": master * part, "buckets": size * (part + largest)

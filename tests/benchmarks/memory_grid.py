@@ -46,6 +46,7 @@ COMPILE = "train.compile=true"
 DEFERRED = "deepspeed.bf16.immediate_grad_update=false"
 # And ZeRO-3's when they were copied into a bucket.
 CONTIGUOUS = "deepspeed.zero_optimization.contiguous_gradients=true"
+BF16_SUMS = "deepspeed.data_types.grad_accum_dtype=bf16"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def layouts(ranks: int) -> dict[str, tuple[str, ...]]:
     for stage in (1, 3, 0, 2):
         found[f"zero{stage}, compile"] = (*zero[stage], COMPILE)
     found["zero1, checkpoint, compile"] = (*zero[1], CHECKPOINT, COMPILE)
+    sums = ("deepspeed.config=ds_configs/zero2_bf16_states.json", BF16_SUMS)
+    found["zero2, bf16 sums"] = sums
+    found["zero2, bf16 sums, compile"] = (*sums, COMPILE)
     found["zero1, immediate"] = now
     found["zero1, immediate, compile"] = (*now, COMPILE)
     if ranks == 2:
@@ -93,6 +97,7 @@ def layouts(ranks: int) -> dict[str, tuple[str, ...]]:
         found["pipeline 2, interleaved"] = (*now, *chunks)
         found["pipeline 2, interleaved, compile"] = (*now, *chunks, COMPILE)
         found["tensor 2, compile"] = (*now, tensor, COMPILE)
+        found["tensor 2, checkpoint, compile"] = (*now, tensor, CHECKPOINT, COMPILE)
         found["tensor 2, sequence"] = (*zero[1], tensor, "parallel.sequence=true")
         found["tensor 2, zero3"] = (*zero[3], tensor)
         found["pipeline 2, gpipe"] = (*zero[1], pipeline, "parallel.schedule=gpipe")

@@ -173,8 +173,8 @@ def test_a_sum_without_the_other_ranks_part_is_seen(bench: Workbench) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="four GPUs")
 @pytest.mark.parametrize(
     "overrides",
-    [(), (PP2,), (PP2, *INTERLEAVED, "model.layers=4")],
-    ids=["data", "1f1b", "interleaved"],
+    [(), (GRAPHS,), (PP2,), (PP2, *INTERLEAVED, "model.layers=4")],
+    ids=["data", "data-graphs", "1f1b", "interleaved"],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_four_gpus_equal_one(precision: str, overrides: tuple[str, ...], bench: Workbench) -> None:
