@@ -15,7 +15,8 @@ from typing import Any
 from launch.config.layout import Layout
 from launch.config.schema import GPTModel, Recipe
 from launch.memory.chunks import chunks_of_stages, running_passes
-from launch.memory.moments import Parts, Step
+from launch.memory.moments import Step
+from launch.memory.parts import Parts
 from launch.memory.shapes import count
 
 GIB = 2**30

@@ -1,7 +1,7 @@
 """The moments of a training step at which memory can peak, each a sum of the tensors that exist then."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.config.layout import Layout
@@ -10,13 +10,11 @@ from launch.ds_json.view import zero_block, zero_stage
 from launch.memory.activations import Activations, activations, compiled, precision
 from launch.memory.chunks import Running, bytes_elsewhere
 from launch.memory.gathered import Gathered, gathered
+from launch.memory.parts import Parts
 from launch.memory.shapes import Shape, count, stage_shapes
 from launch.memory.state import State, state, wrapper
 from models.pipeline_stages import micro_batches_waiting
 
-# Workspaces that cuBLAS takes from torch's allocator on an H100 or H200: 32 MiB for each of the two
-# threads that run kernels (the forward and the backward pass).
-WORKSPACES = 64 * 2**20
 # Schedules that are DeepSpeed's own, or have its instructions and others.
 _BY_DEEPSPEED = ("1f1b", "zb-h1")
 # DeepSpeed reduces at most this many gradients at once at stage 0 (a bucket is closed after it).
@@ -24,25 +22,6 @@ _REDUCED_AT_ONCE = 500_000_000
 # BF16_Optimizer's gradients are sent in pieces, of which two are on their way
 # (`deepspeed_patches.speed.bf16_optimizer.reduce_sums_in_pieces`).
 PIECE = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Bytes on the device at one moment."""
-
-    weights: float = 0.0
-    gradients: float = 0.0
-    optimizer: float = 0.0
-    activations: float = 0.0
-    logits: float = 0.0
-    buckets: float = 0.0
-    gathered: float = 0.0
-    overhead: float = WORKSPACES
-
-    @property
-    def total(self) -> float:
-        """Bytes."""
-        return sum(float(getattr(self, field.name)) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -245,13 +224,21 @@ class Step:
         else:
             # A tied weight's gradient waits for the embedding's; another is added to those before it.
             waits = self.tied or before == self.state.always
-            found["a block's backward pass"] = self._parts(
-                before + self.state.reduced_early + (own if waits else 0),
+            first = self._parts(
+                before + (own if waits else 0),
                 micro + kept.block_backward + max(0.0, kept.waiting - kept.kept),
                 logits - done - kept.logits,
                 self.state.backward + self._head_reduction(),
                 self.gathered.blocks,
             )
+            found["a block's backward pass"] = first
+            if self.state.reduced_early:
+                # The blocks whose gradients fill the first bucket have let their activations go.
+                found["a block's backward pass after the first reduction"] = replace(
+                    first,
+                    gradients=first.gradients + self.state.reduced_early,
+                    activations=first.activations - self._share_in_a_bucket() * kept.kept,
+                )
         return found
 
     def _parts(
@@ -270,6 +257,11 @@ class Step:
     def _unreduced(self) -> float:
         """Gradients that a compiled backward pass returns all at once, before they are added up."""
         return 2.0 * count(self.shapes) if self.whole_graph and self.kind == "zero12" else 0.0
+
+    def _share_in_a_bucket(self) -> float:
+        """The share of the blocks' gradients that DeepSpeed reduces first. An untied head comes before."""
+        in_blocks = count(self.shapes) - self.embedding
+        return min(1.0, self.bucket / in_blocks) if self.tied else 0.0
 
     def _head_reduction(self) -> float:
         """ZeRO-2's copies of the head's gradient, which is reduced while activations are kept."""

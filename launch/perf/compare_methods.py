@@ -8,7 +8,7 @@ from launch.config.resolve import resolve
 from launch.config.schema import GPTModel
 from launch.errors import UserError
 from launch.memory.estimate import GIB, StageMemory, estimate
-from launch.memory.moments import WORKSPACES
+from launch.memory.parts import WORKSPACES
 from launch.perf.memory_measure import RankMemory, measure
 
 BF16 = ("deepspeed.bf16.enabled=true",)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from launch.memory.estimate import GIB
-from launch.memory.moments import Parts
+from launch.memory.parts import Parts
 
 Bar = tuple[str, Parts, float, float | None]  # name, parts, GiB outside the allocator, GiB measured
 

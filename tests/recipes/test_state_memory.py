@@ -12,9 +12,12 @@ from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, Recipe
 from launch.data.batch import Batch
+from launch.memory.chunks import running_passes
+from launch.memory.moments import Step
 from launch.memory.shapes import stage_shapes
 from launch.memory.state import State, state
 from launch.paths import ROOT
+from launch.perf.memory_measure import measure
 from models.pipeline_stages import stage_bounds
 from tests.ranks import run_ranks
 from tests.selection import representatives
@@ -194,3 +197,38 @@ def test_state_is_exact_to_the_byte(stage: str, layout: str, model: str) -> None
     for rank in run_ranks(measured, world_size, stage, layout, MODELS[model]):
         here = said[rank[0]]
         assert rank[1:] == (here.weights, here.gradients, here.optimizer, here.buckets)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "contiguous"),
+    [
+        (3, "true"),
+        pytest.param(1, "true", marks=pytest.mark.matrix),
+        pytest.param(1, "false", marks=pytest.mark.matrix),
+    ],
+)
+def test_sums_in_16_bits_stand_beside_a_micro_batchs_gradients(
+    accumulation: int, contiguous: str
+) -> None:
+    """The peak of a backward pass, as the optimizer's step on a CPU is not a GPU's."""
+    recipe = load_recipe(
+        ROOT / "recipes" / "gpt_tiny_zero1.yaml",
+        [
+            *("deepspeed.config=ds_configs/zero2_bf16_states.json", BF16, "model.hidden=256"),
+            *(
+                "deepspeed.optimizer.params.fused=null",
+                "deepspeed.data_types.grad_accum_dtype=bf16",
+            ),
+            f"deepspeed.zero_optimization.contiguous_gradients={contiguous}",
+            "deepspeed.zero_optimization.reduce_bucket_size=200000",
+            *("model.checkpoint_activations=true", "model.layers=8", "data.sequence_length=64"),
+            *("train.micro_batch_size=2", f"train.global_batch_size={2 * accumulation}"),
+        ],
+    )
+    layout = plan_layout(recipe, 1)
+    assert isinstance(recipe.model, GPTModel)
+    chain, (running,) = [(0, recipe.model.shape.layers + 4)], running_passes(recipe, layout, 0)
+    step = Step.of(recipe, layout, resolve(recipe, layout), 0, chain, running)
+    predicted = [p.total - p.overhead for name, p in step.moments().items() if name != "the update"]
+    (rank,) = measure(recipe, 1, 2)
+    assert max(predicted) == pytest.approx(rank.phases["backward"], rel=0.015)

@@ -1,5 +1,9 @@
-"""Which parts of a model are compiled: all of it, or each block and the loss, and never none."""
+"""Which parts of a model are compiled: all of it, or each block and the loss, and never none.
 
+And that compiled tensor ranks do not recompute ahead.
+"""
+
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -8,10 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from launch.config.load import load_recipe
+from launch.paths import ROOT
 from launch.training import compile as compiling
 from models.config import SIZES
 from models.gpt import GPT
 from models.parallel.grid import Grid
+from tests.ranks import run_ranks
 
 BLOCKS_AND_LOSS = SIZES["tiny"].layers + 1
 
@@ -61,3 +68,37 @@ def test_graphs_are_the_compilers(graphs: bool) -> None:
     options = engine.call_args.kwargs["compile_kwargs"]["options"] or {}
     assert options.get("triton.cudagraphs", False) is graphs
     assert options.get("graph_partition", True) is not graphs
+
+
+LAYERS = 4
+
+
+def order_of_attention(values: dict[str, Any], scratch: Path) -> str:
+    """Each pass of a step's attention, as it came: "f" forward or recomputed, "b" backward."""
+    from launch.training.setup import local_engine
+    from launch.training.train_step import train_step
+
+    with local_engine(values, scratch) as local:
+        train_step(local.engine, local.batch(0))  # which compiles
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            train_step(local.engine, local.batch(1))
+    calls = sorted(profile.events(), key=lambda event: event.time_range.start)
+    names = [e.name for e in calls if e.name.startswith("aten::_scaled_dot_product_flash_")]
+    return "".join("b" if name.endswith("_backward") else "f" for name in names)
+
+
+def test_compiled_tensor_ranks_recompute_a_block_when_it_is_needed(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        ROOT / "recipes" / "gpt_tiny_tp2_zero1.yaml",
+        [
+            *("model.checkpoint_activations=true", f"model.layers={LAYERS}", "train.steps=2"),
+            *("train.compile=true", "train.global_batch_size=2", "train.micro_batch_size=2"),
+            *("data.source=python-stdlib", "data.tokenizer=bytes", "data.sequence_length=64"),
+        ],
+    )
+    for order in run_ranks(order_of_attention, 2, recipe.model_dump(), tmp_path):
+        forward, backward = order[:LAYERS], order[LAYERS:]
+        assert forward == "f" * LAYERS
+        assert sorted(backward) == ["b"] * LAYERS + ["f"] * LAYERS
+        ahead = [backward[:n].count("f") - backward[:n].count("b") for n in range(len(backward))]
+        assert max(ahead) <= 2
