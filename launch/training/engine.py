@@ -41,17 +41,17 @@ def make_topology(recipe: Recipe, layout: Layout) -> Topology:
     Raises:
         UserError: if `parallel.copy_engine` asks for what these GPUs cannot do.
     """
-    sharing, largest = 1, 0
+    sharing, activation_bytes = 1, 0
     if isinstance(recipe.model, GPTModel):
         shape = recipe.model.shape
         sharing = max(1, layout.grid["tensor"] // shape.kv_heads)
         tokens = layout.micro_batch * recipe.data.sequence_length
-        largest = tokens * shape.hidden * torch.float32.itemsize
+        activation_bytes = tokens * shape.hidden * torch.float32.itemsize
     parallel = recipe.parallel
     topology = Topology(layout.grid, sharing, parallel.model_chunks > 1)
     if parallel.copy_engine and torch.cuda.is_available():
         try:
-            topology.sum_by_copies(largest)
+            topology.sum_by_copies(activation_bytes)
         except RuntimeError as error:
             raise UserError(
                 "parallel.copy_engine: the GPUs of the tensor ranks do not read each other's memory "

@@ -69,7 +69,7 @@ class Topology:
         return TensorParallel(self.groups["tensor"], self.key_value_group, sequence_parallel)
 
     def sum_by_copies(self, most_bytes: int) -> None:
-        """Let tensor ranks add up by copies from GPU to GPU tensors of up to `most_bytes`.
+        """Let tensor ranks add up tensors of up to `most_bytes` by copies from GPU to GPU.
 
         For errors, see `copy_engine.py`.
         """
