@@ -177,6 +177,7 @@ def _zero12(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> St
     largest = max(shape.numel for shape in shapes)
     wide = dtype_name(accumulation_dtype(ds_config)) == "fp32"
     second = zero_stage(ds_config) == 2
+    offloaded = offload_device(ds_config, "offload_optimizer") != "none"
     accumulator, master = (_FP32 if wide else size) * part, _master_size(ds_config)
     found = State(
         weights=size * n,
@@ -195,11 +196,11 @@ def _zero12(shapes: Sequence[Shape], ds_config: dict[str, Any], data: int) -> St
         found.gradients += (_FP32 if wide else size) * count(shapes)
         found.carried = found.gradients - accumulator
         found.waiting = found.backward  # no micro batch but the last is reduced, and empties them
-    elif not wide and offload_device(ds_config, "offload_optimizer") == "none":
+    elif not wide and not offloaded:
         # Added to the others when all are there; fp32 sums are added to as gradients come.
         found.reduced = size * part
         found.reduced_early = found.reduced * bool(zero.get("contiguous_gradients", True))
-    if offload_device(ds_config, "offload_optimizer") != "none":
+    if offloaded:
         found.host = {
             "optimizer": found.optimizer, "gradients": master * part, "buckets": size * (part + largest)
         }  # fmt: skip

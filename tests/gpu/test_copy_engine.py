@@ -19,27 +19,31 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs"),
 ]
-# In elements: a piece, one less, few, several pieces, slots that grow, and odd numbers.
+# In elements: a piece, one less, few, several pieces, and odd numbers.
 SIZES = (2**23, 2**23 - 1, 5, 3 * 2**23 + 1, 2**18, 40_000_003)
 
 
-def sums_that_differ(wait_left_out: bool) -> list[int]:
-    """Elements of which sums by copies and NCCL's differ, of many sums in a row beside matrix products."""
+def start() -> tuple[Any, dist.ProcessGroup, dist.ProcessGroup, torch.Tensor]:
+    """This rank, a group that is to sum by copies, one for NCCL's sums, and a matrix to multiply."""
     from launch.runtime.process_group import init_process_group, prepare_environment
 
     prepare_environment()
     ranks = init_process_group()
+    torch.manual_seed(ranks.rank)
+    square = torch.randn(4096, 4096, device=ranks.device, dtype=torch.bfloat16)
+    return ranks, dist.new_group([0, 1]), dist.new_group([0, 1]), square
+
+
+def sums_that_differ(wait_left_out: bool) -> list[int]:
+    """Elements of which sums by copies and NCCL's differ, of many sums in a row beside matrix products."""
+    ranks, group, theirs, square = start()
     from models.parallel import collectives, copy_engine
     from models.parallel.collectives import all_reduce, start_sum, sum_by_copies
 
-    group = dist.new_group([0, 1])
-    theirs = dist.new_group([0, 1])
     if wait_left_out:
         plant(copy_engine._Sum, "wait", lambda self, timeout=None: True)
     sum_by_copies(group, 2**28)
     plant(collectives, "LEAST_BYTES", 0)
-    torch.manual_seed(ranks.rank)
-    square = torch.randn(4096, 4096, device=ranks.device, dtype=torch.bfloat16)
     differ = []
     for turn in range(20):
         for dtype in (torch.bfloat16, torch.float32):
@@ -72,16 +76,10 @@ def replayed_sums_that_differ(frees: bool) -> list[int]:
 
     Rank 1 has what it needs long before it adds; without `frees`, rank 0 does not wait for that.
     """
-    from launch.runtime.process_group import init_process_group, prepare_environment
-
-    prepare_environment()
-    ranks = init_process_group()
+    ranks, group, theirs, square = start()
     from models.parallel.collectives import all_reduce, start_sum, sum_by_copies
     from models.parallel.copy_engine import _FREE, _Slots
 
-    group, theirs = dist.new_group([0, 1]), dist.new_group([0, 1])
-    torch.manual_seed(ranks.rank)
-    square = torch.randn(4096, 4096, device=ranks.device, dtype=torch.bfloat16)
     wait, signal = _Slots.wait, _Slots.signal
 
     def wait_long(self: Any, slot: int, number: int) -> None:

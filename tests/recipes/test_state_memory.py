@@ -12,7 +12,7 @@ from launch.config.load import load_recipe
 from launch.config.resolve import resolve
 from launch.config.schema import GPTModel, Recipe
 from launch.data.batch import Batch
-from launch.memory.chunks import running_passes
+from launch.memory.chunks import chunks_of_stages, running_passes
 from launch.memory.moments import Step
 from launch.memory.shapes import stage_shapes
 from launch.memory.state import State, state
@@ -214,21 +214,22 @@ def test_sums_in_16_bits_stand_beside_a_micro_batchs_gradients(
     recipe = load_recipe(
         ROOT / "recipes" / "gpt_tiny_zero1.yaml",
         [
-            *("deepspeed.config=ds_configs/zero2_bf16_states.json", BF16, "model.hidden=256"),
-            *(
-                "deepspeed.optimizer.params.fused=null",
-                "deepspeed.data_types.grad_accum_dtype=bf16",
-            ),
+            "deepspeed.config=ds_configs/zero2_bf16_states.json",
+            BF16,
+            "deepspeed.optimizer.params.fused=null",
+            "deepspeed.data_types.grad_accum_dtype=bf16",
             f"deepspeed.zero_optimization.contiguous_gradients={contiguous}",
             "deepspeed.zero_optimization.reduce_bucket_size=200000",
-            *("model.checkpoint_activations=true", "model.layers=8", "data.sequence_length=64"),
-            *("train.micro_batch_size=2", f"train.global_batch_size={2 * accumulation}"),
+            *("model.checkpoint_activations=true", "model.layers=8", "model.hidden=256"),
+            *("data.sequence_length=64", "train.micro_batch_size=2"),
+            f"train.global_batch_size={2 * accumulation}",
         ],
     )
     layout = plan_layout(recipe, 1)
     assert isinstance(recipe.model, GPTModel)
-    chain, (running,) = [(0, recipe.model.shape.layers + 4)], running_passes(recipe, layout, 0)
-    step = Step.of(recipe, layout, resolve(recipe, layout), 0, chain, running)
+    (chunks,) = chunks_of_stages(recipe.model.shape, 1, recipe.parallel)
+    (running,) = running_passes(recipe, layout, 0)
+    step = Step.of(recipe, layout, resolve(recipe, layout), 0, chunks, running)
     predicted = [p.total - p.overhead for name, p in step.moments().items() if name != "the update"]
     (rank,) = measure(recipe, 1, 2)
     assert max(predicted) == pytest.approx(rank.phases["backward"], rel=0.015)
